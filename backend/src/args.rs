@@ -33,6 +33,7 @@ Exit codes:
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
        the beginning is missing (--partial); `send` had to drop the end
   7    no record came, or there was no room for one, within --timeout
+  8    the broker has ended, and no program is known to have received what was sent
   130  interrupted by Ctrl-C; `serve` ends with 0 then";
 
 #[derive(Debug, Subcommand)]

@@ -46,7 +46,7 @@ pub fn start_queued() -> io::Result<LineQueue> {
             let _ = SigSet::all().thread_block();
             confine_early_thread();
             drop::<SyncSender<()>>(confined);
-            write_entries(&entries, &left_out);
+            write_entries(&entries, &left_out, write_some);
         })?;
     // The thread sends nothing: it drops its end.
     let _ = is_confined.recv();
@@ -155,36 +155,71 @@ impl Write for LineQueue {
     }
 }
 
-fn write_entries(entries: &Receiver<Entry>, left_out: &AtomicU64) {
+fn write_entries(
+    entries: &Receiver<Entry>,
+    left_out: &AtomicU64,
+    mut write: impl FnMut(&[u8]) -> Result<usize, Errno>,
+) {
+    // Whether the last line was written in part only.
+    let mut is_torn = false;
+    let mut write_line = |mut line: Vec<u8>| {
+        if is_torn {
+            line.insert(0, b'\n');
+        }
+        let written = write_all(&line, &mut write);
+        is_torn = match written {
+            Ok(()) => false,
+            Err(0) => is_torn,
+            Err(written) => line[written - 1] != b'\n',
+        };
+        written.is_ok()
+    };
     for entry in entries {
         if let Entry::Line(line) = entry {
-            // Without standard error, there is no place for the lines.
-            let _ = write_all(&line);
+            if !write_line(line) {
+                left_out.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
             let count = left_out.swap(0, Ordering::Relaxed);
             if count > 0 {
                 let line = format!(
                     "barlink: {count} log lines were left out, because standard error did not take them in time\n"
                 );
-                let _ = write_all(line.as_bytes());
+                if !write_line(line.into()) {
+                    left_out.fetch_add(count, Ordering::Relaxed);
+                }
             }
         }
     }
 }
 
-/// Writes bytes to standard error. Waits for it if another process made it non-blocking.
-fn write_all(mut bytes: &[u8]) -> Result<(), Errno> {
+/// Writes all bytes. The error is the number of bytes that were written before a write failed.
+fn write_all(
+    bytes: &[u8],
+    mut write: impl FnMut(&[u8]) -> Result<usize, Errno>,
+) -> Result<(), usize> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match write(&bytes[written..]) {
+            Ok(0) | Err(_) => return Err(written),
+            Ok(count) => written += count,
+        }
+    }
+    Ok(())
+}
+
+/// Writes to standard error once. Waits for it if another process made it non-blocking.
+fn write_some(bytes: &[u8]) -> Result<usize, Errno> {
     let stderr = stderr();
-    while !bytes.is_empty() {
+    loop {
         match retry_on_intr(|| rustix::io::write(&stderr, bytes)) {
-            Ok(count) => bytes = &bytes[count..],
             Err(Errno::AGAIN) => {
                 let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
                 retry_on_intr(|| poll(&mut writable, None))?;
             }
-            Err(error) => return Err(error),
+            written => return written,
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -200,5 +235,32 @@ mod tests {
             queue.write_all(b"line\n").unwrap();
         }
         assert_eq!(queue.left_out.load(Ordering::Relaxed), 7);
+    }
+
+    /// Writes lines to a disk that is full for a while.
+    #[test]
+    fn failed_writes_count_lines() {
+        let (queue, entries) = sync_channel(QUEUE);
+        for line in ["one\n", "two\n", "three\n", "four\n", "five\n"] {
+            queue.send(Entry::Line(line.into())).unwrap();
+        }
+        drop(queue);
+        let left_out = AtomicU64::new(2);
+        let full = Err(Errno::NOSPC);
+        let mut results = [Ok(4), full, Ok(1), full, full, Ok(6), full, Ok(100)].into_iter();
+        let mut written = Vec::new();
+        write_entries(&entries, &left_out, |bytes| {
+            let count: usize = results.next().unwrap_or(Ok(bytes.len()))?;
+            let count = count.min(bytes.len());
+            written.extend_from_slice(&bytes[..count]);
+            Ok(count)
+        });
+        let text = String::from_utf8(written).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        // The second and the third line could not be written, and the first two counts could not.
+        assert_eq!(lines[..4], ["one", "t", "four", "five"], "{text}");
+        assert!(lines[4].contains(" 4 log lines were left out"), "{text}");
+        assert_eq!(lines.len(), 5, "{text}");
+        assert_eq!(left_out.load(Ordering::Relaxed), 0);
     }
 }

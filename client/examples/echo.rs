@@ -25,6 +25,8 @@ fn answers(ask: &str, answer: &str) -> Result<(), Box<dyn std::error::Error>> {
     let (mut receiver, mut sender) = (broker.receiver(ask)?, broker.sender(answer)?);
     loop {
         let question = receiver.recv()?;
+        // Numbers that no question has are missing among the answers as well.
+        sender.skip(question.missed())?;
         sender.send(question.kind(), &question.to_vec())?;
         if question.is_empty() {
             return Ok(());

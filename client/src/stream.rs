@@ -121,7 +121,9 @@ const RECORD_SIZE: usize = 1 << 20;
 ///
 /// The source cannot be read, or the channel stopped working. [`StreamError::EndDropped`]: the
 /// sender drops, and the channel had no room for the end of the stream for a second.
+/// [`StreamError::BeginDropped`]: it had none for the beginning either.
 ///
+/// [`StreamError::BeginDropped`]: stream::StreamError::BeginDropped
 /// [`StreamError::EndDropped`]: stream::StreamError::EndDropped
 pub fn send(
     sender: &mut Sender,

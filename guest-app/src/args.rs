@@ -95,7 +95,8 @@ Exit codes:
        another cache mode
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end, or `echo` a record
+       the beginning is missing (--partial); `send` had to drop the end; `echo` missed records or
+       had to drop some
   7    no record came, or there was no room for one, within --timeout
   8    the broker is gone, and no program has received what was sent
   130  interrupted by Ctrl-C";

@@ -77,6 +77,7 @@ impl<X: Classified> StreamError<X> {
             }
             StreamError::Incomplete(_)
             | StreamError::Missing(_)
+            | StreamError::BeginDropped(_)
             | StreamError::EndDropped(_)
             | StreamError::Misplaced(_) => ErrorKind::Incomplete,
             StreamError::TimedOut { .. } => ErrorKind::TimedOut,

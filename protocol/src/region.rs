@@ -416,17 +416,46 @@ pub(crate) fn poll(fd: libc::c_int, events: libc::c_short) -> io::Result<()> {
     }
 }
 
-/// Returns how many bytes a regular file has from its position on. `None` for other files, and for
-/// a position beyond the end.
 #[cfg(not(loom))]
-pub(crate) fn bytes_left(fd: libc::c_int) -> Option<u64> {
+fn stat(fd: libc::c_int) -> Option<libc::stat> {
     let mut stat = core::mem::MaybeUninit::<libc::stat>::uninit();
     // SAFETY: `fstat` writes one `stat`, which is borrowed exclusively.
     if unsafe { libc::fstat(fd, stat.as_mut_ptr()) } != 0 {
         return None;
     }
     // SAFETY: `fstat` has succeeded, so it has written the value.
-    let stat = unsafe { stat.assume_init() };
+    Some(unsafe { stat.assume_init() })
+}
+
+/// Returns whether a file descriptor is of a pipe.
+#[cfg(not(loom))]
+pub(crate) fn is_pipe(fd: libc::c_int) -> bool {
+    stat(fd).is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO)
+}
+
+/// Returns whether a file descriptor is of a socket that passes messages, not bytes (`socket(2)`).
+#[cfg(not(loom))]
+pub(crate) fn is_message_socket(fd: libc::c_int) -> bool {
+    let mut kind: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `getsockopt` writes one `int` and its length, which are borrowed exclusively.
+    let told = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_TYPE,
+            (&raw mut kind).cast(),
+            &raw mut length,
+        )
+    };
+    told == 0 && kind != libc::SOCK_STREAM
+}
+
+/// Returns how many bytes a regular file has from its position on. `None` for other files, and for
+/// a position beyond the end.
+#[cfg(not(loom))]
+pub(crate) fn bytes_left(fd: libc::c_int) -> Option<u64> {
+    let stat = stat(fd)?;
     if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
         return None;
     }

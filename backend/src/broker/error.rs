@@ -29,7 +29,9 @@ pub enum BrokerError {
     #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
     Incomplete(String),
     /// A slot of the running broker reaches its VM by another transport.
-    #[error("slot {0} of the running broker has another transport: give it the same sockets")]
+    #[error(
+        "slot {0} of the running broker has another transport: give it the same arguments, or first stop it (and run systemctl clean --what=fdstore for its service)"
+    )]
     OtherTransport(u32),
     /// A system call failed.
     #[error("cannot {what}")]

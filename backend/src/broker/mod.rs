@@ -75,6 +75,7 @@ impl Broker {
                 let session_memory = transport.session_memory();
                 let plan = SlotPlan {
                     path,
+                    transport: transport.number(),
                     session_memory,
                 };
                 (transport, plan)

@@ -18,6 +18,8 @@ use anyhow::{Context, Result};
 use barlink::Access;
 use barlink::host::{self, AttachOptions, Attachment};
 use barlink_cli::standard::print;
+use barlink_cli::unread::wait_until_received;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::args::{Command, ResetChannel, Which};
 
@@ -77,6 +79,30 @@ fn attach_by(which: &Which, options: &AttachOptions) -> Result<Attachment, barli
         Some(path) => options.connect_path(path),
         None => options.connect(&which.name),
     }
+}
+
+/// Attaches to the broker that now answers at the socket that the command line names, if there is
+/// one.
+fn look(which: &Which) -> Option<Attachment> {
+    attach_by(which, &AttachOptions::new().access(Access::ReadOnly)).ok()
+}
+
+/// Checks that the region is still served after something was sent through a channel, or was
+/// written into the raw window. A broker that was started anew has another region.
+///
+/// # Errors
+///
+/// The region has no broker any more, and what was sent was not received (`wait_until_received`).
+fn confirm(broker: &Attachment, which: &Which, channel: Option<&str>) -> Result<()> {
+    let mut connection = [PollFd::new(broker, PollFlags::RDHUP)];
+    let is_connected = matches!(poll(&mut connection, Some(&Timespec::default())), Ok(0));
+    let instance = broker.layout().identity.instance;
+    if is_connected || look(which).is_some_and(|now| now.layout().identity.instance == instance) {
+        return Ok(());
+    }
+    let fault = "the broker has ended, and no program is known to have received what was sent: start the programs at \
+                 both ends anew, and send it again";
+    wait_until_received(broker.region().ring(), broker.layout(), channel, fault)
 }
 
 /// Returns the control socket where `serve` makes it: in the user's run folder, unless a path is

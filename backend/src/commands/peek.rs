@@ -33,5 +33,6 @@ pub fn peek(args: &Peek) -> Result<()> {
 
 pub fn poke(args: &Poke) -> Result<()> {
     let attachment = super::attach(&args.which, Access::ReadWrite)?;
-    place::poke(attachment.region().ring(), attachment.layout(), &args.poke)
+    place::poke(attachment.region().ring(), attachment.layout(), &args.poke)?;
+    super::confirm(&attachment, &args.which, None)
 }

@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use barlink::control::client::ControlError;
 use barlink_broker::broker::{
-    self, Broker, CheckError, Checked, Config, Exit, Policy, Predecessor,
+    self, Broker, BrokerError, CheckError, Checked, Config, Exit, Listener, Policy, Predecessor,
 };
 use barlink_broker::persistence;
 use barlink_broker::transport::{Ivshmem, Transport, VfioUser, VhostUser};
@@ -118,7 +119,12 @@ fn run(args: Serve) -> Result<()> {
     let mut predecessor = None;
     // Descriptors from a service manager belong to a predecessor that has ended.
     let inheritance = if replace && inherited.is_empty() {
-        let mut asked = Predecessor::ask(&config.control)?;
+        let asked = Predecessor::ask(&config.control);
+        if let Err(ControlError::NoBrokerToReplace { path }) = &asked {
+            // A broker can be there all the same.
+            Listener::check_reachable(path).map_err(BrokerError::from)?;
+        }
+        let mut asked = asked?;
         let inheritance = std::mem::take(&mut asked.inheritance);
         predecessor = Some(asked);
         inheritance

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use barlink::Access;
-use barlink::host::{AttachOptions, Attachment};
+use barlink::host::Attachment;
 use barlink_cli::{notice, stream, tail, tap};
 
 use crate::args::{Recv, Send, Tail, Which};
@@ -12,7 +12,9 @@ use crate::args::{Recv, Send, Tail, Which};
 pub fn send(args: &Send) -> Result<()> {
     stream::send(&args.stream, &args.channel, || {
         let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;
-        Ok(attachment.sender(&args.channel)?)
+        let sender = attachment.sender(&args.channel)?;
+        let confirm = move || super::confirm(&attachment, &args.which, Some(&args.channel));
+        Ok((sender, confirm))
     })
 }
 
@@ -39,10 +41,7 @@ fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
     let attachment = super::attach(which, access)?;
     if !json {
         let which = which.clone();
-        notice::watch_broker(&attachment, move || {
-            let options = AttachOptions::new().access(Access::ReadOnly);
-            super::attach_by(&which, &options).is_ok()
-        });
+        notice::watch_broker(&attachment, move || super::look(&which).is_some());
     }
     Ok(attachment)
 }

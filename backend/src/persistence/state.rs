@@ -24,6 +24,8 @@ const EPOCH: u64 = PAGE_SIZE;
 const CLAIMS: u64 = PAGE_SIZE + 8;
 /// Host apps so far.
 const CLIENTS: u64 = PAGE_SIZE + 16;
+/// The numbers of the slots' transports, in 4 bits each; 0 if a predecessor did not store them.
+const TRANSPORTS: u64 = PAGE_SIZE + 24;
 /// By slot: VMs so far.
 const VMS: u64 = PAGE_SIZE + 64;
 /// By slot: the number of the connected VM, 0 for none.
@@ -113,6 +115,21 @@ impl PersistedState {
     /// Returns the memory, for the next broker.
     pub fn memory(&self) -> &File {
         &self.memory
+    }
+
+    /// Returns the number of a slot's transport; `None` if a predecessor did not store it.
+    pub fn transport(&self, slot: u32) -> Option<u8> {
+        let word = self.words.load(TRANSPORTS);
+        // CAST: the mask leaves 4 bits.
+        Some((word >> (4 * slot) & 0xf) as u8).filter(|number| *number != 0)
+    }
+
+    /// Sets the numbers of all slots' transports.
+    pub fn set_transports(&self, numbers: impl IntoIterator<Item = u8>) {
+        let shifted = (0..).zip(numbers);
+        let shifted = shifted.map(|(slot, number)| u64::from(number & 0xf) << (4 * slot));
+        self.words
+            .store(TRANSPORTS, shifted.fold(0, |all, one| all | one));
     }
 
     /// Returns the words of the roster. There is one owner.
@@ -307,6 +324,7 @@ impl RosterWords {
     }
 }
 
+const _: () = assert!(4 * MAX_SLOTS as u64 <= u64::BITS as u64);
 const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= ENDED_EPOCHS);
 const _: () = assert!(VMMS + 8 * MAX_SLOTS as u64 <= HOLDERS + presence::holder(0, End::Producer));
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);

@@ -45,6 +45,10 @@ impl Transport for Ivshmem {
         "ivshmem"
     }
 
+    fn number(&self) -> u8 {
+        1
+    }
+
     fn shares_eventfds(&self) -> bool {
         true
     }

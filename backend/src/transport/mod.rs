@@ -23,6 +23,10 @@ pub trait Transport: Send + Sync {
     /// Returns the transport's name, as in `barlink serve --NAME SOCKET`.
     fn name(&self) -> &'static str;
 
+    /// Returns the transport's number in the persisted state: 1 to 15, and never that of another
+    /// one, also of another version.
+    fn number(&self) -> u8;
+
     /// Returns the size of the memory that stores the state of a session for the broker's
     /// successor, in bytes; 0 for none.
     fn session_memory(&self) -> u64 {

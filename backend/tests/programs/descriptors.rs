@@ -10,9 +10,12 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use barlink_protocol::state::ChannelState;
 use rustix::fs::{
     MemfdFlags, OFlags, SealFlags, fcntl_add_seals, fcntl_getfl, fcntl_setfl, memfd_create,
 };
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::pipe::PipeFlags;
 
 use crate::stream_ends::take_the_beginning;
 use crate::streams::{LOOP, recv, send};
@@ -190,6 +193,23 @@ fn next_receiver_continues_after_full_target() {
     let first = std::fs::read(first).unwrap();
     assert_eq!(first.len(), 60_000);
     assert!([first, std::fs::read(rest).unwrap()].concat() == bytes);
+}
+
+/// Records of other kinds need `--raw` again.
+#[test]
+fn raw_receiver_names_option_for_rest() {
+    let broker = Broker::start(&LOOP);
+    let rest = broker.path("rest");
+    let mut sender = broker.attach().sender("loop").unwrap();
+    let _ = sender.send(barlink::Kind::USER, b"kept").unwrap();
+    drop(sender);
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let mut receiver = recv(&broker);
+    receiver.arg("--raw").stdout(full());
+    let advice = ["receive the rest, which is still in the channel, into another file with --raw"];
+    fails(&mut receiver, 1, &advice);
+    works(recv(&broker).arg("--raw").arg("-o").arg(&rest));
+    assert_eq!(std::fs::read(rest).unwrap(), b"kept");
 }
 
 /// Makes a descriptor non-blocking, as another process that shares it can do.
@@ -385,5 +405,55 @@ fn failed_output_is_an_error() {
         fails(&mut redirected(&command, ">/dev/full"), 1, &cause);
         let cause = ["cannot write to standard output: it is closed"];
         fails(&mut redirected(&command, ">&-"), 1, &cause);
+    }
+}
+
+/// A message that is longer than a record would lose its rest, and an empty one would end the
+/// input.
+#[test]
+fn commands_refuse_sockets_of_messages() {
+    let broker = Broker::start(&LOOP);
+    for kind in [SocketType::DGRAM, SocketType::SEQPACKET] {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = || {
+            let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+            for message in [&b"first"[..], b"", b"second"] {
+                rustix::net::send(&ours, message, SendFlags::empty()).unwrap();
+            }
+            Stdio::from(theirs)
+        };
+        let advice = [
+            "standard input",
+            "use a pipe or a socket of type SOCK_STREAM",
+        ];
+        let mut commands = [send(&broker), broker.app(&["poke"])];
+        for command in &mut commands {
+            fails(command.stdin(socket()), 1, &advice);
+        }
+    }
+    let app = broker.attach();
+    let channel = &app.layout().channels()[0];
+    let state = ChannelState::read(app.region().ring(), channel);
+    assert_eq!(state.records, 0);
+}
+
+/// A pipe passes packets if its writer opened it with O_DIRECT (`pipe(2)`). A read into less memory
+/// than a packet has loses the rest of the packet.
+#[test]
+fn packets_of_pipe_arrive_whole() {
+    let data = noise(3 * 4096 + 1234);
+    for channel in ["loop=host-host,1M", "loop=host-host,1M,drop"] {
+        let broker = Broker::start(&["--channel", channel]);
+        for size in ["13", "4095", "4096", "5000"] {
+            let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::DIRECT).unwrap();
+            for packet in data.chunks(1500) {
+                assert_eq!(rustix::io::write(&writer, packet).unwrap(), packet.len());
+            }
+            drop(writer);
+            works(send(&broker).args(["--record-size", size]).stdin(reader));
+            let received = run(&mut recv(&broker));
+            assert!(received.status.success());
+            assert!(received.stdout == data, "records of {size}, {channel}");
+        }
     }
 }

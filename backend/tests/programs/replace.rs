@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use barlink::Access;
 use barlink::control::client::Control;
@@ -235,6 +235,41 @@ fn broker_survives_successor_with_other_arguments() {
         });
     }
     succeed(&mut broker, &["--size", "1M"]);
+}
+
+/// A VM over ivshmem would be served as one over vhost-user, and disconnected.
+#[test]
+fn successor_with_other_transport_changes_nothing() {
+    let other = |broker: &Broker, mut command: Command| {
+        let path = |name: &str| broker.path(name).into_os_string();
+        command.args(["serve".into(), "--vhost-user".into(), path("vm.sock")]);
+        command.args(["--control".into(), path("control.sock")]);
+        command.env("RUST_LOG", "error").stderr(Stdio::piped());
+        command
+    };
+    let error = ["slot 0 of the running broker has another transport"];
+    let mut broker = Broker::start(&[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    let mut successor = other(&broker, barlink::<&str>([]));
+    fails(successor.arg("--replace"), 1, &error);
+    succeed(&mut broker, &[]);
+    assert!(is_silent(&broker, &vm.socket));
+
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let vm = handshake(connect(&broker, "vm.sock"), 6);
+    broker.signal(Signal::TERM);
+    assert_eq!(wait(&mut broker.child).code(), Some(0));
+    // A removed file is made again only by a broker that takes over.
+    std::fs::remove_file(broker.path("vm.sock")).unwrap();
+    let program = barlink::<&str>([]);
+    let service = manager.service(Path::new(program.get_program())).unwrap();
+    fails(&mut other(&broker, service), 1, &error);
+    assert!(!broker.path("vm.sock").exists());
+    broker.start_service_again(&manager, &[]);
+    assert!(broker.path("vm.sock").exists());
+    assert!(is_silent(&broker, &vm.socket));
 }
 
 /// The service manager would restart the replaced broker, so that two brokers would have one

@@ -29,6 +29,10 @@ impl Transport for Faulty {
         "faulty"
     }
 
+    fn number(&self) -> u8 {
+        15
+    }
+
     fn handshake(&self, _vm: &UnixStream, _slot: &Arc<Slot>) -> Result<(), TransportError> {
         assert!(
             !self.in_handshake.swap(false, Ordering::SeqCst),

@@ -352,3 +352,41 @@ fn follow_option_survives_killed_sender() {
         "receiving from channel `loop`: the sender left before the end of the stream, after 4 bytes; the next stream follows\n"
     );
 }
+
+#[test]
+fn send_reports_data_lost_with_broker() {
+    let broker = Broker::start(&LOOP);
+    let piped = |command: &mut std::process::Command| {
+        command.stdin(Stdio::piped()).stderr(Stdio::piped()).start()
+    };
+    let mut sender = piped(send(&broker).arg("--json"));
+    let mut poke = piped(&mut broker.app(&["poke"]));
+    let input = sender.stdin.as_mut().unwrap();
+    input.write_all(b"lost").unwrap();
+    let app = broker.attach();
+    let channel = app.layout().channels()[0];
+    wait_until("it is sent", || {
+        state::ChannelState::read(app.region().ring(), &channel).records == 2
+    });
+    let mut text = poke.stdin.as_ref().unwrap();
+    text.write_all(b"lost").unwrap();
+    wait_until("poke is attached and reads", || {
+        rustix::io::ioctl_fionread(text).unwrap() == 0
+    });
+    let (folder, _) = broker.stop(Signal::KILL);
+    // Another broker at the same socket has another region.
+    let _next = Broker::start_in(folder, &LOOP);
+    for program in [&mut poke, &mut sender] {
+        drop(program.stdin.take());
+    }
+    for (mut program, parts) in [
+        (poke, &["the broker has ended"][..]),
+        (sender, &["\"complete\":false", "the broker has ended"]),
+    ] {
+        assert_eq!(wait(&mut program).code(), Some(8));
+        let errors = errors_of(&mut program);
+        for part in parts {
+            assert!(errors.contains(part), "{errors}");
+        }
+    }
+}

@@ -7,6 +7,10 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
 
+use barlink::Kind;
+use barlink_cli::echo::echo;
+use barlink_cli::failure::exit_code;
+
 use crate::support::*;
 use crate::terminal::*;
 
@@ -273,5 +277,34 @@ fn channels_share_vector_without_loss() {
     }
     for channel in ["a", "b"] {
         assert!(std::fs::read(broker.path(channel)).unwrap() == data);
+    }
+}
+
+#[test]
+fn echo_passes_missing_numbers_on() {
+    let broker = Broker::start(&[
+        "--channel",
+        "from=host-host,64K",
+        "--channel",
+        "to=host-host,64K",
+    ]);
+    let app = broker.attach();
+    let mut first = app.sender("from").unwrap();
+    let mut last = app.receiver("to").unwrap();
+    for (gap, kind, bytes) in [
+        (0, Kind::BEGIN, ""),
+        (0, Kind::DATA, "a"),
+        (2, Kind::DATA, "d"),
+        (1, Kind::END, ""),
+    ] {
+        first.skip(gap).unwrap();
+        let _ = first.send(kind, bytes.as_bytes()).unwrap();
+    }
+    let (receiver, sender) = (app.receiver("from").unwrap(), app.sender("to").unwrap());
+    let lost = echo(receiver, sender, "to", None).unwrap_err();
+    assert_eq!(exit_code(&lost), Some(6), "{lost:#}");
+    assert_eq!(lost.to_string(), "3 records were missing when they came");
+    for gap in [0, 0, 2, 1] {
+        assert_eq!(last.recv().unwrap().missed(), gap);
     }
 }

@@ -139,6 +139,11 @@ impl Broker {
     /// Kills the broker and starts it again, as its service manager does.
     pub fn start_again(&mut self, manager: &ServiceManager, args: &[&str]) {
         kill(&mut self.child);
+        self.start_service_again(manager, args);
+    }
+
+    /// Starts the broker again after it has ended, as its service manager does.
+    pub fn start_service_again(&mut self, manager: &ServiceManager, args: &[&str]) {
         self.child = start_service(manager, self.folder.path(), args);
     }
 
@@ -146,7 +151,7 @@ impl Broker {
     pub fn restart(&mut self, manager: &ServiceManager, args: &[&str]) {
         self.signal(Signal::TERM);
         assert_eq!(wait(&mut self.child).code(), Some(0), "{}", self.log());
-        self.child = start_service(manager, self.folder.path(), args);
+        self.start_service_again(manager, args);
     }
 
     /// Returns a command that runs `barlink serve` with this broker's sockets and log, and these

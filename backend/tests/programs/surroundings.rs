@@ -4,6 +4,7 @@
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -88,6 +89,7 @@ fn long_lock_file_is_read_in_part() {
     // The sparse file is larger than the memory of any machine.
     file.set_len(1 << 42).unwrap();
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let _socket = UnixListener::bind(folder.path().join("vm.sock")).unwrap();
     fails(&mut serve(folder.path()), 1, &["vm.sock is in use"]);
 }
 
@@ -335,6 +337,29 @@ fn removed_sockets_permit_no_second_broker() {
     attached.status().unwrap();
     kill(&mut first);
     let _second = serve(folder.path()).start();
+    attach(folder.path());
+}
+
+/// The broker of another user or mount namespace is known by its lock only.
+#[test]
+fn lock_without_socket_permits_no_second_broker() {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = folder.path().join("control.sock.lock");
+    let file = std::fs::File::create(&lock).unwrap();
+    file.lock().unwrap();
+    let parts = [
+        "a broker has locked ",
+        "the file of its socket ",
+        "control.sock was removed",
+    ];
+    for options in [&[][..], &["--replace"], &["--check"]] {
+        fails(serve(folder.path()).args(options), 1, &parts);
+    }
+    // The lock is no longer held, and its file is still there.
+    drop(file);
+    let mut replace = serve(folder.path());
+    fails(replace.arg("--replace"), 3, &["no broker to replace at"]);
+    let _broker = serve(folder.path()).start();
     attach(folder.path());
 }
 

@@ -289,6 +289,43 @@ fn tap_reports_sender_that_left() {
 }
 
 #[test]
+fn partial_tap_reports_missing_parts() {
+    let broker = Broker::start(&LOOP);
+    let app = broker.attach();
+    for (kind, gap, beginning) in [
+        (Kind::BEGIN, 0, true),
+        (Kind::DATA, 0, false),
+        (Kind::BEGIN, 2, true),
+    ] {
+        let taps = [&["--partial", "--json"][..], &["--partial"]];
+        let taps = taps.map(|options| tap(&broker, options));
+        let mut sender = app.sender("loop").unwrap();
+        let _ = sender.send(kind, &[]).unwrap();
+        sender.skip(gap).unwrap();
+        let _ = sender.send(Kind::DATA, b"rest").unwrap();
+        let _ = sender.send(Kind::END, &[]).unwrap();
+        drop(sender);
+        works(&mut broker.app(&["recv", "--channel", "loop", "--partial"]));
+        let [summary, text] = taps.map(|tap| {
+            let output = finish(tap);
+            assert!(output.status.success());
+            String::from_utf8(output.stderr).unwrap()
+        });
+        let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+        let is_whole = beginning && gap == 0;
+        assert_eq!(
+            (&summary["beginning"], &summary["dropped"]),
+            (&beginning.into(), &gap.into())
+        );
+        assert_eq!(summary["complete"], is_whole);
+        let lost = "0 records of the stream were missed and 2 dropped";
+        assert_eq!(text.contains(lost), gap > 0, "{text}");
+        let headless = "the beginning of the stream is missing";
+        assert_eq!(text.contains(headless), !beginning, "{text}");
+    }
+}
+
+#[test]
 fn late_tap_waits_for_next_stream() {
     let broker = Broker::start(&LOOP);
     let mut first = sender(&broker);

@@ -6,6 +6,8 @@ use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use barlink::Kind;
+use barlink_cli::stream::mark;
 use barlink_protocol::{Strategy, Wakeup};
 
 use crate::support::*;
@@ -89,7 +91,12 @@ fn dropping_sender_ends_without_receiver() {
         &["records were dropped", "the end of the stream was dropped"],
     );
     // No record of the second stream found room, so the channel has only records of the first one.
-    fails_after(&mut send(), 6, &["the end of the stream was dropped"]);
+    let text = "the beginning of the stream was dropped";
+    fails_after(&mut send(), 6, &[text]);
+    let mut sender = broker.attach().sender("camera").unwrap();
+    let error = mark(&mut sender, Kind::BEGIN, None).unwrap_err();
+    assert!(error.to_string().starts_with(text), "{error}");
+    drop(sender);
     let received = run(broker
         .app(&["recv", "--channel", "camera"])
         .arg("-o")

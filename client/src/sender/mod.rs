@@ -236,12 +236,14 @@ impl Sender {
     /// use barlink::{Clock, Kind, Stamp, host};
     ///
     /// let broker = host::connect("default")?;
-    /// let mut copy = broker.sender("copy")?;
+    /// let (mut source, mut copy) = (broker.receiver("up")?, broker.sender("copy")?);
     /// // Times by the guest's clock mean nothing to a reader that expects the host's.
-    /// for record in broker.receiver("up")?.iter() {
-    ///     let record = record?;
-    ///     let stamp = Stamp::new(record.time, Clock::REMOTE);
-    ///     copy.stage_at(record.kind, &record.bytes, stamp)?;
+    /// loop {
+    ///     let record = source.recv()?;
+    ///     copy.skip(record.missed())?;
+    ///     let stamp = Stamp::new(record.time(), Clock::REMOTE);
+    ///     copy.stage_at(record.kind(), &record.to_vec(), stamp)?;
+    ///     record.release()?;
     ///     copy.publish()?;
     /// }
     /// # Ok::<(), barlink::Error>(())

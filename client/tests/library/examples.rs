@@ -55,6 +55,21 @@ fn echo_answers_questions() {
 }
 
 #[test]
+fn echo_passes_missing_numbers_on() {
+    let broker = Running::start(&["ask=host-host,4K", "answer=host-host,4K"]);
+    let answers = start(&broker, "echo", &["answer", "ask", "answer"]);
+    let app = broker.attach();
+    let mut sender = app.sender("ask").unwrap();
+    let mut receiver = app.receiver("answer").unwrap();
+    let _ = sender.send(Kind::USER, b"first").unwrap();
+    sender.skip(3).unwrap();
+    let _ = sender.send(Kind::USER, b"").unwrap();
+    assert_eq!(receiver.recv().unwrap().missed(), 0);
+    assert_eq!(receiver.recv().unwrap().missed(), 3);
+    output(answers);
+}
+
+#[test]
 fn select_receives_from_several_channels() {
     let broker = Running::start(&["a=host-host,4K", "b=host-host,4K"]);
     let app = broker.attach();

@@ -5,12 +5,10 @@
 //! it ends, because a short one would end before its watch could warn.
 
 use std::io::{Write, stderr};
-use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use barlink::guest::Device;
-use barlink_cli::failure::unread;
-use barlink_protocol::state::ChannelState;
+use barlink_cli::unread::wait_until_received;
 
 /// Text of the warning about a broker that does not answer.
 const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy or gone, and what is sent may reach nobody. \
@@ -18,12 +16,6 @@ const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy 
 /// Text of the warning about a broker that has ended in good order.
 const ENDED: &str = "the broker has ended, and what is sent reaches only host apps that are still attached. A broker \
                      that was started anew has another region: shut this VM down and start it again";
-
-/// Longest time for which a program waits until a host app has received what it sent, if the broker
-/// is gone.
-const READ_TIME: Duration = Duration::from_secs(10);
-/// Time between two looks for that.
-const LOOK: Duration = Duration::from_millis(10);
 
 /// Asks for the broker, and warns after ten seconds without an answer. A user who may only read the
 /// device cannot ask.
@@ -39,36 +31,14 @@ pub fn check(device: &Device) {
 ///
 /// # Errors
 ///
-/// The broker is gone, and records in the channel were not received. Nothing shows whether a
-/// program has read the raw window, so without a channel the broker's end is enough.
+/// The broker is gone, and what was sent was not received (`wait_until_received`).
 pub fn confirm(device: &Device, channel: Option<&str>) -> Result<()> {
-    let start = Instant::now();
     let Some(fault) = fault(device) else {
         return Ok(());
     };
-    while channel.is_some_and(|channel| !is_received(device, channel)) {
-        if start.elapsed() >= READ_TIME {
-            return Err(unread(fault));
-        }
-        std::thread::sleep(LOOK);
-    }
-    match channel {
-        Some(_) => {
-            warn(fault);
-            Ok(())
-        }
-        None => Err(unread(fault)),
-    }
-}
-
-/// Returns whether a consumer has released all records of a channel.
-fn is_received(device: &Device, name: &str) -> bool {
-    let mut channels = device.layout().channels().iter();
-    let Some(channel) = channels.find(|channel| channel.name.as_str() == name) else {
-        return false;
-    };
-    let state = ChannelState::read(device.region().ring(), channel);
-    state.fill(channel) == Some(0)
+    wait_until_received(device.region().ring(), device.layout(), channel, fault)?;
+    warn(fault);
+    Ok(())
 }
 
 /// Returns the text about a broker that is gone, as far as that can be found out.

@@ -45,10 +45,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             broker::check(&device);
             Ok(())
         }
-        Command::Send(args) => {
-            stream::send(&device, args)?;
-            broker::confirm(&device, Some(&args.channel))
-        }
+        Command::Send(args) => stream::send(&device, args),
         Command::Recv(args) => stream::recv(&device, args),
         Command::Tail(args) => tail::tail(&args.tail, &args.channel, device.tap(&args.channel)?),
         Command::Echo(args) => {

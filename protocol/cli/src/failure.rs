@@ -36,20 +36,24 @@ impl std::error::Error for Failure {}
 
 /// Returns the error of a command that sent something that no program has received, because the
 /// broker is gone.
-pub fn unread(text: &str) -> anyhow::Error {
+pub(crate) fn unread(text: &str) -> anyhow::Error {
     let text = text.to_owned();
     let code = UNREAD;
     Failure { text, code }.into()
 }
 
-/// Returns the error of a command that had to drop records, because their channel was full.
-pub fn records_dropped(count: u64) -> anyhow::Error {
-    let records = match count {
+/// Returns the error of a command that forwards records, of which some were missing before it got
+/// them, or had to be dropped because the next channel was full.
+pub(crate) fn records_lost(missed: u64, dropped: u64) -> anyhow::Error {
+    let records = |count| match count {
         1 => "1 record was".to_owned(),
         count => format!("{count} records were"),
     };
-    let text = format!("{records} dropped because the channel was full");
-    let code = MISSING;
+    let missed = (missed > 0).then(|| format!("{} missing when they came", records(missed)));
+    let dropped =
+        (dropped > 0).then(|| format!("{} dropped because the channel was full", records(dropped)));
+    let texts: Vec<_> = missed.into_iter().chain(dropped).collect();
+    let (text, code) = (texts.join(", and "), MISSING);
     Failure { text, code }.into()
 }
 

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod channel;
 mod command_line;
 mod early;
+pub mod echo;
 pub mod failure;
 mod meter;
 pub mod notice;
@@ -16,6 +17,7 @@ pub mod standard;
 pub mod stream;
 pub mod tail;
 pub mod tap;
+pub mod unread;
 
 use std::io::Write;
 use std::process::ExitCode;

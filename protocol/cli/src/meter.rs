@@ -15,6 +15,9 @@ use crate::notice::broker_ended;
 /// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// Text about a stream that was taken up in its middle.
+pub(crate) const NO_BEGINNING: &str = "the beginning of the stream is missing";
+
 /// Time for which a stream waits for the other end before it shows a message.
 const MESSAGE_AFTER: Duration = Duration::from_secs(1);
 
@@ -125,7 +128,7 @@ impl<'a> Meter<'a> {
             let _ = writeln!(stderr, "{done} {bytes} in {seconds:.2} s, {rate}/s");
         }
         if total.headless {
-            let _ = writeln!(stderr, "the beginning of the stream is missing");
+            let _ = writeln!(stderr, "{NO_BEGINNING}");
         }
         if total.went_back {
             let text = "the numbers of the records went back: some records may have come twice";
@@ -139,6 +142,7 @@ impl<'a> Meter<'a> {
     pub fn fail(self, error: &StreamError) {
         let mut total = match error {
             StreamError::Missing(total)
+            | StreamError::BeginDropped(total)
             | StreamError::EndDropped(total)
             | StreamError::Close {
                 progress: total, ..
@@ -159,8 +163,8 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Removes the progress bar, and prints the summary of a stream that was moved, and whose file
-    /// could not be written to its end.
+    /// Removes the progress bar, and prints the summary of a stream that was moved, and that its
+    /// file or its receiver does not get.
     pub fn spoil(self, total: &Progress) {
         self.bar.finish_and_clear();
         if self.json {

@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, read, write};
+use rustix::net::SocketType;
+use rustix::net::sockopt::socket_type;
 use rustix::stdio::{stdin, stdout};
 
 use crate::early::was_closed;
@@ -83,8 +85,15 @@ fn write_all(file: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Reads a file to its end, but at most `limit` bytes.
+/// Reads a file to its end, but at most `limit` bytes. A socket that passes messages is an error,
+/// because an empty message looks like an end, and a long one would lose its rest.
 pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> {
+    if socket_type(&file).is_ok_and(|kind| kind != SocketType::STREAM) {
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "it is a socket that passes messages: use a pipe or a socket of type SOCK_STREAM",
+        ));
+    }
     let mut bytes = Vec::new();
     let mut part = vec![0; 64 << 10];
     loop {

@@ -85,8 +85,16 @@ fn parse_record_size(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Sends a file or standard input through the sender that `attach` returns.
-pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>) -> Result<()> {
+/// Sends a file or standard input through the sender that `attach` returns. Once all was sent, the
+/// function that `attach` returns with the sender says whether a program can receive it.
+pub fn send<C>(
+    args: &Send,
+    channel: &str,
+    attach: impl FnOnce() -> Result<(Sender, C)>,
+) -> Result<()>
+where
+    C: FnOnce() -> Result<()>,
+{
     let source: OwnedFd = match &args.file {
         Some(path) => File::open(path)
             .with_context(|| {
@@ -100,7 +108,7 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
         .ok()
         .filter(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file())
         .and_then(|stat| u64::try_from(stat.st_size).ok());
-    let mut sender = attach()?;
+    let (mut sender, confirm) = attach()?;
     let max = sender.max_record() as u64;
     let record = args.record_size.unwrap_or(RECORD_SIZE.min(max));
     ensure!(
@@ -113,12 +121,19 @@ pub fn send(args: &Send, channel: &str, attach: impl FnOnce() -> Result<Sender>)
     let mut meter = Meter::new(&source, size, args.timeout, args.json, &mut wait);
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
-            meter.finish("sent", &total);
+            drop(sender);
+            match confirm() {
+                Ok(()) => meter.finish("sent", &total),
+                Err(error) => {
+                    meter.spoil(&total);
+                    return Err(error.context(format!("sending to channel `{channel}`")));
+                }
+            }
             Ok(())
         }
         Err(error) => {
             meter.fail(&error);
-            let error = describe(error, channel, args.file.as_deref());
+            let error = describe(error, channel, args.file.as_deref(), "");
             Err(error.context(format!("sending to channel `{channel}`")))
         }
     }
@@ -177,7 +192,9 @@ pub fn receive(
                 meter.fail(&error);
                 let goes_on = args.follow
                     && matches!(error, StreamError::Incomplete(_) | StreamError::Missing(_));
-                let error = describe(take_back(error, &target), channel, args.output.as_deref())
+                let option = if args.raw { "--raw" } else { "--partial" };
+                let error = take_back(error, &target);
+                let error = describe(error, channel, args.output.as_deref(), option)
                     .context(format!("receiving from channel `{channel}`"));
                 if !goes_on {
                     return Err(error);
@@ -239,7 +256,11 @@ pub fn mark(sender: &mut Sender, kind: Kind, timeout: Option<Duration>) -> Resul
     }
     match stream::mark(sender, kind) {
         Err(Error::Full) => {
-            let text = "the end of the stream was dropped because the channel was full".to_owned();
+            let part = match kind {
+                Kind::BEGIN => "beginning",
+                _ => "end",
+            };
+            let text = format!("the {part} of the stream was dropped because the channel was full");
             Err(Failure {
                 text,
                 code: MISSING,
@@ -292,8 +313,9 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
 }
 
 /// Converts the error of a stream for the user: adds the file's name to an error of the operating
-/// system, and a remedy if there is one.
-fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::Error {
+/// system, and a remedy if there is one. `option` is the one with which `recv` receives the rest of
+/// this stream.
+fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str) -> anyhow::Error {
     let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
     let failure = |code, advice: &str| {
         let text = format!("{error}{advice}");
@@ -302,7 +324,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
     let (source, what) = match error {
         StreamError::Incomplete(_) => return failure(INCOMPLETE, ""),
         StreamError::Missing(_) => return failure(MISSING, ""),
-        StreamError::EndDropped(_) => {
+        StreamError::BeginDropped(_) | StreamError::EndDropped(_) => {
             return failure(
                 MISSING,
                 ": start the receiver first, or serve a larger channel",
@@ -317,7 +339,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
         StreamError::Misplaced(_) => {
             return failure(
                 MISSING,
-                ": receive the rest into another file with --partial",
+                &format!(": receive the rest into another file with {option}"),
             );
         }
         StreamError::TimedOut { after, .. } => return timed_out(after),
@@ -345,7 +367,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>) -> anyhow::E
             };
             let file = name("standard output");
             let what = format!(
-                "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with --partial{again}"
+                "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with {option}{again}"
             );
             (source, what)
         }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
+use crate::meter::NO_BEGINNING;
 use crate::standard::{OutputClosed, flush, flush_output, output, print};
 use crate::stream::Recv;
 
@@ -77,6 +78,8 @@ struct Copied {
     records: u64,
     missed: u64,
     dropped: u64,
+    /// Whether the first record was not the beginning of the stream.
+    headless: bool,
 }
 
 impl Copied {
@@ -115,7 +118,8 @@ impl Copied {
             if kind == Kind::BEGIN && is_inside && !args.raw {
                 return self.incomplete();
             }
-            if kind == Kind::BEGIN && !takes_all {
+            // Records that were lost before a beginning are not of its stream.
+            if kind == Kind::BEGIN && !is_inside && !args.raw {
                 begun = Some((tap.missed(), tap.dropped()));
             }
             let Some((missed, dropped)) = begun else {
@@ -126,6 +130,7 @@ impl Copied {
             };
             if !std::mem::replace(&mut is_inside, true) {
                 target.empty()?;
+                self.headless = kind != Kind::BEGIN && !args.raw;
             }
             (self.missed, self.dropped) = (tap.missed() - missed, tap.dropped() - dropped);
             if kind == Kind::DATA || args.raw && ![Kind::BEGIN, Kind::END].contains(&kind) {
@@ -146,12 +151,41 @@ impl Copied {
         Err(Failure { text, code }.into())
     }
 
+    fn is_whole(&self) -> bool {
+        (self.missed, self.dropped, self.headless) == (0, 0, false)
+    }
+
+    /// Returns the text about the records of the stream that were lost, if there are any.
+    fn loss(&self) -> Option<String> {
+        let Copied {
+            missed, dropped, ..
+        } = self;
+        (*missed, *dropped).ne(&(0, 0)).then(|| {
+            format!(
+                "{missed} records of the stream were missed and {dropped} dropped; the others were received"
+            )
+        })
+    }
+
+    /// Says what is missing in a stream that the user accepts all the same.
+    fn print_missing(&self) {
+        // Errors of these writes are ignored because standard error may be closed.
+        let mut stderr = io::stderr();
+        if self.headless {
+            let _ = writeln!(stderr, "{NO_BEGINNING}");
+        }
+        if let Some(loss) = self.loss() {
+            let _ = writeln!(stderr, "{loss}");
+        }
+    }
+
     fn print_json(&self, is_whole: bool) {
         let summary = serde_json::json!({
             "bytes": self.bytes,
             "records": self.records,
             "missed": self.missed,
             "dropped": self.dropped,
+            "beginning": !self.headless,
             "complete": is_whole,
         });
         // The error is ignored because standard error may be closed.
@@ -267,20 +301,17 @@ fn stream(
         }
         _ => outcome,
     };
-    let is_whole = (copied.missed, copied.dropped) == (0, 0);
     if args.json {
-        copied.print_json(is_whole && outcome.is_ok());
+        copied.print_json(copied.is_whole() && outcome.is_ok());
+    } else if args.partial {
+        copied.print_missing();
     }
     outcome?;
-    if is_whole || args.partial {
-        return Ok(());
+    match copied.loss() {
+        Some(text) if !args.partial => {
+            let code = MISSING;
+            Err(Failure { text, code }.into())
+        }
+        _ => Ok(()),
     }
-    let Copied {
-        missed, dropped, ..
-    } = copied;
-    let text = format!(
-        "{missed} records of the stream were missed and {dropped} dropped; the others were received"
-    );
-    let code = MISSING;
-    Err(Failure { text, code }.into())
 }

@@ -123,6 +123,10 @@ pub enum StreamError<X> {
     /// The stream was received to its end, and records of it or before it are missing.
     #[error("{} dropped because the channel was full; the others were received", were(.0.dropped))]
     Missing(Progress),
+    /// The sender drops, and the channel had no space for the beginning of the stream, so that
+    /// nothing of the stream was sent.
+    #[error("the beginning of the stream was dropped because the channel was full")]
+    BeginDropped(Progress),
     /// The sender drops, and the channel had no space for the end of the stream.
     #[error("the end of the stream was dropped because the channel was full")]
     EndDropped(Progress),

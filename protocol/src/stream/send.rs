@@ -29,7 +29,10 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 /// end does not move the limit of the channel beyond bytes that taps still read.
 ///
 /// A sender that drops waits for a second at most for space for the end of the stream. If there is
-/// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`].
+/// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
+/// of the stream found space, it is [`StreamError::BeginDropped`].
+///
+/// A socket that passes messages is no source: the result is [`StreamError::Read`].
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
@@ -41,7 +44,7 @@ where
     E: Events,
 {
     sender.set_strategy(Strategy::STREAM);
-    let mut source = Source::new(source);
+    let mut source = Source::new(source, scratch.len()).map_err(StreamError::Read)?;
     let mut total = Progress::default();
     // The beginning is sent together with the first data. So a sender that has no data leaves
     // nothing in the channel, and a sender that drops sends no data without a beginning.
@@ -51,10 +54,12 @@ where
     };
     // Without a beginning, the end would belong to the stream of an earlier sender.
     let begun = begun || mark_watched(sender, Kind::BEGIN, watch, &total)? == Sent::Committed;
-    if begun && mark_watched(sender, Kind::END, watch, &total)? == Sent::Committed {
-        Ok(total)
-    } else {
-        Err(StreamError::EndDropped(total))
+    if !begun {
+        return Err(StreamError::BeginDropped(total));
+    }
+    match mark_watched(sender, Kind::END, watch, &total)? {
+        Sent::Committed => Ok(total),
+        _ => Err(StreamError::EndDropped(total)),
     }
 }
 
@@ -107,7 +112,7 @@ where
     // Bytes in `scratch` that are the next record.
     let mut held = 0;
     // The kernel cannot copy between the region and every file (`docs/driver.md`).
-    let mut in_place = true;
+    let mut in_place = source.reads_in_place();
     loop {
         let length = match held {
             0 => source.wait(scratch.len()).map_err(StreamError::Read)?,

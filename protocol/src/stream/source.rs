@@ -8,11 +8,39 @@ use super::files::{is_invalid, retry};
 use crate::aligned::ALIGNMENT;
 use crate::{io, region};
 
+/// Text of the error about a socket of datagrams or packets.
+const MESSAGES: &str = "it is a socket that passes messages, whose ends a stream does not keep: use a pipe or a socket of \
+                        type SOCK_STREAM";
+
 /// The source of a stream.
 #[derive(Debug)]
 pub(super) struct Source {
     fd: c_int,
     known: Known,
+    packets: Option<Packets>,
+}
+
+/// Bytes of a pipe whose records are smaller than a packet. A pipe can pass packets (O_DIRECT in
+/// `pipe(2)`), which the end that reads cannot find out. A read into less memory than a packet has
+/// would lose the rest of the packet.
+#[derive(Debug)]
+struct Packets {
+    buffer: [u8; libc::PIPE_BUF],
+    /// Bytes in the buffer.
+    length: usize,
+    /// Bytes of them that were taken.
+    taken: usize,
+}
+
+impl Packets {
+    /// Moves bytes to the start of `target`. Returns how many.
+    fn take(&mut self, target: &mut [u8]) -> usize {
+        let left = &self.buffer[self.taken..self.length];
+        let length = left.len().min(target.len());
+        target[..length].copy_from_slice(&left[..length]);
+        self.taken += length;
+        length
+    }
 }
 
 /// Knowledge of the bytes that a source has.
@@ -28,18 +56,40 @@ enum Known {
 }
 
 impl Source {
-    pub(super) fn new(fd: c_int) -> Self {
+    /// Examines the source of a stream whose records have at most `most` bytes. A socket that
+    /// passes messages is an error: an empty message would end the stream, and a long one would
+    /// lose its rest.
+    pub(super) fn new(fd: c_int, most: usize) -> io::Result<Self> {
+        if region::is_message_socket(fd) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, MESSAGES));
+        }
         let known = match (region::bytes_left(fd), region::bytes_ready(fd)) {
             (Some(left), _) => Known::Left(left),
             (None, Some(_)) => Known::Told,
             (None, None) => Known::Nothing,
         };
-        Source { fd, known }
+        let packets = (most < libc::PIPE_BUF && region::is_pipe(fd)).then(|| Packets {
+            buffer: [0; libc::PIPE_BUF],
+            length: 0,
+            taken: 0,
+        });
+        Ok(Source { fd, known, packets })
+    }
+
+    /// Returns whether the source can be read into the region: [`Source::read_by`] may be used, and
+    /// not only [`Source::read`].
+    pub(super) fn reads_in_place(&self) -> bool {
+        self.packets.is_none()
     }
 
     /// Waits until the source has bytes or is at its end. Returns how many bytes it has, `most` at
     /// most. The result is 0 at the end, and for a file that has grown.
     pub(super) fn wait(&self, most: usize) -> io::Result<usize> {
+        if let Some(packets) = &self.packets
+            && packets.taken < packets.length
+        {
+            return Ok((packets.length - packets.taken).min(most));
+        }
         let ready = || region::bytes_ready(self.fd).unwrap_or(0);
         let has = match self.known {
             Known::Left(left) => left,
@@ -73,6 +123,14 @@ impl Source {
     /// Reads into private memory. A file with O_DIRECT is read in whole blocks, if it refuses other
     /// lengths. If it refuses these too, as at an odd position, it is read without O_DIRECT.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(packets) = &mut self.packets {
+            if packets.taken == packets.length {
+                let whole = &mut packets.buffer;
+                packets.length = retry(self.fd, libc::POLLIN, || region::read(self.fd, whole))?;
+                packets.taken = 0;
+            }
+            return Ok(packets.take(buffer));
+        }
         let blocks = buffer.len() / ALIGNMENT * ALIGNMENT;
         let mut read = self.read_by(|fd| region::read(fd, buffer));
         if read.as_ref().is_err_and(is_invalid) && blocks > 0 {

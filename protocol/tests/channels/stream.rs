@@ -297,14 +297,14 @@ fn sender_drops_end_without_receiver() {
     std::thread::spawn(move || {
         let sent = send_all(&mut sender, nothing.as_raw_fd(), &mut [0; 64], &mut ());
         let outcome = match sent {
-            Err(StreamError::EndDropped(total)) => Ok(total),
+            Err(StreamError::BeginDropped(total)) => Ok(total),
             sent => Err(format!("{sent:?}")),
         };
         reporter.send(outcome)
     });
     let outcome = ended.recv_timeout(TIMEOUT).expect("the sender ends");
     assert_eq!(outcome, Ok(Progress::default()));
-    assert_eq!(dropped(), before + 1, "the end is counted");
+    assert_eq!(dropped(), before + 1, "the beginning is counted");
 }
 
 /// Checks that a sender that drops sends no data before its beginning, and counts each beginning

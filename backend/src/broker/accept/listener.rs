@@ -83,6 +83,19 @@ pub enum SocketError {
         /// The process.
         pid: i32,
     },
+    /// A broker holds the lock, and the file of its socket was removed. The broker has another user
+    /// or another mount namespace, so its process is not known.
+    #[error(
+        "a broker has locked {lock}, and the file of its socket {path} was removed: its VMs still use its region, so end \
+         them and it before you start another broker there (`fuser {lock}` shows its process); a service is restarted \
+         instead"
+    )]
+    Locked {
+        /// The path.
+        path: PathBuf,
+        /// The lock.
+        lock: PathBuf,
+    },
     /// The service's broker runs, and its socket has no file.
     #[error(
         "the file of socket {path} of the running service was removed: restart the service (`systemctl restart`), which \
@@ -310,6 +323,11 @@ impl Listener {
                 path: path.to_owned(),
             }),
         }
+    }
+
+    /// Checks that no broker listens at a socket whose file was removed.
+    pub fn check_reachable(path: &Path) -> Result<(), SocketError> {
+        check_reachable(&std::path::absolute(path).map_err(|source| failed(path, source))?)
     }
 
     /// Checks whether a broker could listen at a path, as far as that can be seen without
@@ -556,17 +574,46 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
         return Err(SocketError::Hidden { path, setting });
     }
     // Checked first, so that no lock is created beside another program's file.
+    check_reachable(&path)?;
+    Ok((path, address))
+}
+
+/// Checks that no broker listens at a socket whose file was removed.
+fn check_reachable(path: &Path) -> Result<(), SocketError> {
     let start = Instant::now();
-    while !is_taken_by_a_socket(&path)?
-        && let Some(pid) = listener_without_file(&path)
-    {
-        // A broker that ends in good order removes its files shortly before its end.
+    while !is_taken_by_a_socket(path)? {
+        let pid = listener_without_file(path);
+        let lock = lock_path(path);
+        if pid.is_none() && !is_locked(&lock) {
+            break;
+        }
+        // A broker that ends in good order removes its files shortly before its end, and one that
+        // starts takes the lock shortly before it has a socket.
         if start.elapsed() > END_TIME {
-            return Err(SocketError::Unreachable { path, pid });
+            let path = path.to_owned();
+            return Err(match pid {
+                Some(pid) => SocketError::Unreachable { path, pid },
+                None => SocketError::Locked { path, lock },
+            });
         }
         std::thread::sleep(END_TIME / 20);
     }
-    Ok((path, address))
+    Ok(())
+}
+
+/// Tells whether a process holds a lock. A file that cannot be examined is none, and an error of
+/// [`open_lock`].
+fn is_locked(lock: &Path) -> bool {
+    let mut options = OpenOptions::new();
+    // An open of a pipe must not wait.
+    options.read(true);
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let Ok(file) = options.open(lock) else {
+        return false;
+    };
+    // The lock of this call ends with the file.
+    let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
+    locked == Err(Errno::WOULDBLOCK)
 }
 
 /// Returns whether a socket has that name. Another kind of file is an error.

@@ -55,6 +55,8 @@ pub struct SlotParts {
 pub struct SlotPlan {
     /// The path of the socket.
     pub path: PathBuf,
+    /// The number of the transport.
+    pub transport: u8,
     /// Bytes in the memory of a session; 0 for none.
     pub session_memory: u64,
 }
@@ -125,6 +127,7 @@ impl Parts {
         }
         let persisted = PersistedState::create(&layout)?;
         persisted.roster().set_epoch(1);
+        persisted.set_transports(slots.iter().map(|slot| slot.transport));
         let region = shared_region(layout, memory, eventfds)?;
         state::publish(region.words(), region.layout());
         Self {
@@ -138,7 +141,8 @@ impl Parts {
         .store()
     }
 
-    /// Takes over the parts of a predecessor, if it has this layout and these sockets.
+    /// Takes over the parts of a predecessor, if it has this layout, these sockets and these
+    /// transports. If not, nothing is changed.
     pub fn inherit(
         mut inheritance: Inheritance,
         layout: &Layout,
@@ -147,6 +151,10 @@ impl Parts {
         policy: &Policy,
     ) -> Result<Self, BrokerError> {
         let descriptors = DescriptorStore::connect(&inheritance);
+        let kept = (0..).zip(slots).map(|(id, slot)| {
+            inheritance.contains_key(&name::session(id)) == (slot.session_memory > 0)
+        });
+        let kept: Vec<_> = kept.collect();
         let mut take = |name: &str| {
             inheritance
                 .remove(name)
@@ -157,6 +165,13 @@ impl Parts {
             Ok(theirs) if fits(layout, &theirs) => theirs,
             _ => return Err(BrokerError::OtherRegion),
         };
+        // A predecessor of another version may not have stored the transports.
+        for ((id, slot), kept) in (0..).zip(slots).zip(kept) {
+            let theirs = persisted.transport(id).unwrap_or(slot.transport);
+            if theirs != slot.transport || !kept {
+                return Err(BrokerError::OtherTransport(id));
+            }
+        }
         let memory = File::from(take(name::MEMORY)?);
         let mut eventfds = Vec::new();
         for peer in 0..=layout.host() {
@@ -183,9 +198,6 @@ impl Parts {
             let mut vm = inheritance.remove(&name::vm(id));
             let vmm = inheritance.remove(&name::vmm(id));
             let memory = inheritance.remove(&name::session(id));
-            if memory.is_some() != (size > 0) {
-                return Err(BrokerError::OtherTransport(id));
-            }
             let mut memory = memory.map(File::from);
             if let Some(theirs) = memory.take_if(|theirs| has_other_size(theirs, size)) {
                 warn!(
@@ -222,6 +234,7 @@ impl Parts {
         for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
             listener.apply(policy);
         }
+        persisted.set_transports(slots.iter().map(|slot| slot.transport));
         Self {
             region,
             persisted,

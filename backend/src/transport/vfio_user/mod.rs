@@ -52,6 +52,10 @@ impl Transport for VfioUser {
         Self::NAME
     }
 
+    fn number(&self) -> u8 {
+        2
+    }
+
     fn session_memory(&self) -> u64 {
         session_state::SIZE
     }

@@ -42,6 +42,10 @@ impl Transport for VhostUser {
         Self::NAME
     }
 
+    fn number(&self) -> u8 {
+        3
+    }
+
     /// Returns `false`: the state of a session is in its daemon, which ends with the broker.
     fn survives_broker(&self) -> bool {
         false
