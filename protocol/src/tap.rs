@@ -58,6 +58,9 @@ struct Commit {
     last: u64,
 }
 
+/// Generation of a tap that began during a reset. It is even, and no channel has it.
+const BEFORE_RESET: u64 = u64::MAX - 1;
+
 impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     /// Creates a tap that begins behind the newest record.
     ///
@@ -210,6 +213,10 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         // SYNC: emptied; pairs with the Release store in `state::reset`.
         let generation = self.region.acquire(self.base + channel::GENERATION);
         if generation % 2 == 1 {
+            if is_first {
+                // The records behind this reset come after the beginning of this tap.
+                self.generation = BEFORE_RESET;
+            }
             return false;
         }
         let before = core::mem::replace(&mut self.generation, generation);

@@ -5,6 +5,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use barlink::{End, Error, ErrorKind, Kind, Side};
 use barlink_protocol::wire::layout::channel;
@@ -440,6 +441,32 @@ fn newest_record_is_found_behind_reset() {
         timeout: Some(TIMEOUT),
     };
     barlink_cli::tail::tail(&args, "loop", tap).unwrap();
+}
+
+/// A guest can write the word that counts resets. A tap then finds a reset at each look.
+#[test]
+fn forged_resets_delay_no_timeout() {
+    let broker = Broker::start(&LOOP);
+    let app = broker.attach();
+    let generation = app.layout().find("loop").unwrap().1.offset + channel::GENERATION;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for forged in (0..).step_by(2) {
+                app.region().ring().store(generation, forged);
+                if is_over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        let tail = broker.app(&["tail", "loop", "--timeout", "1"]).output();
+        let recv = ["recv", "--channel", "loop", "--tap", "--timeout", "1"];
+        let recv = broker.app(&recv).output();
+        is_over.store(true, Ordering::Relaxed);
+        for output in [tail.unwrap(), recv.unwrap()] {
+            assert_eq!(output.status.code(), Some(7), "{output:?}");
+        }
+    });
 }
 
 /// A sender reserves no more than its source has, so its limit is near what it has committed. A tap

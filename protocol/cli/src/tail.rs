@@ -12,6 +12,7 @@ use clap::Args;
 use crate::failure::timed_out;
 use crate::size::parse_time;
 use crate::standard::print;
+use crate::tap::pass_reset;
 
 /// Arguments of `tail`.
 #[derive(Debug, Args)]
@@ -62,6 +63,7 @@ fn show(args: &Tail, mut tap: Tap) -> Result<()> {
                 // The tap goes on with the newest record since then.
                 print("the channel was reset\n")?;
                 lost = (0, 0);
+                pass_reset(args.timeout, since)?;
                 continue;
             }
             Err(error) => return Err(error.into()),

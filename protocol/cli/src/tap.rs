@@ -106,7 +106,10 @@ impl Copied {
         loop {
             let found = match next(tap, args.timeout, since, is_inside) {
                 // No part of the stream was copied yet.
-                Err(error) if is_reset(&error) && !is_inside => continue,
+                Err(error) if is_reset(&error) && !is_inside => {
+                    pass_reset(args.timeout, since)?;
+                    continue;
+                }
                 Err(error) if is_reset(&error) => bail!("{error}, {RESET_CURE}"),
                 found => found?,
             };
@@ -227,6 +230,19 @@ fn next(
         {
             return Err(timed_out(timeout));
         }
+    }
+}
+
+/// Waits a moment after a reset of the channel, which comes without end if a guest forges it.
+///
+/// # Errors
+///
+/// The timeout, counted from `since`, is over.
+pub(crate) fn pass_reset(timeout: Option<Duration>, since: Instant) -> Result<()> {
+    std::thread::sleep(Duration::from_millis(1));
+    match timeout {
+        Some(timeout) if since.elapsed() >= timeout => Err(timed_out(timeout)),
+        _ => Ok(()),
     }
 }
 

@@ -406,6 +406,27 @@ fn rested_producer_overwrites_no_record() {
     }
 }
 
+/// A tap that begins while a reset is under way tells the reset, and counts the records behind it.
+#[test]
+fn tap_made_during_reset_misses_no_record() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    let mut during = None;
+    let make_tap = |_| during = Some(Tap::attach(region.clone(), entry));
+    state::reset(&region, entry, 0, || true, make_tap).unwrap();
+    let mut tap = during.unwrap();
+    let (mut producer, _consumer) = attach(&region, entry);
+    for number in 0..3 {
+        send(&mut producer, &[number; 8]).unwrap();
+    }
+    assert_eq!(tap.look(), Sight::Reset);
+    let Sight::Record(header) = tap.look() else {
+        panic!("the tap found no record");
+    };
+    assert!(tap.copy(&mut [0; 8]));
+    assert_eq!((header.sequence, tap.missed(), tap.dropped()), (2, 2, 0));
+}
+
 /// A producer that lives on looks at the generation before it stores a limit, and a reset can come
 /// between the two. That limit is below the records of the new producer, which may be written over
 /// without a further step of theirs.
