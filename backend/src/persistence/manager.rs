@@ -51,8 +51,14 @@ pub fn is_a_service() -> bool {
 /// Returns whether this is the process that systemd has started, if systemd 248 or later names one
 /// (`systemd.exec(5)`, "$SYSTEMD_EXEC_PID").
 fn is_started_by_manager() -> bool {
-    let started = std::env::var("SYSTEMD_EXEC_PID");
-    started.map_or(true, |started| started == std::process::id().to_string())
+    is_named_by_manager().unwrap_or(true)
+}
+
+/// Tells whether systemd 248 or later has started this process, as a service of any type: a unit of
+/// `Type=simple` has no socket for notices. `None` if systemd named no process.
+pub fn is_named_by_manager() -> Option<bool> {
+    let started = std::env::var("SYSTEMD_EXEC_PID").ok()?;
+    Some(started == std::process::id().to_string())
 }
 
 /// Returns whether a service manager stores the broker's descriptors, so that a successor receives

@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-pub(crate) use self::manager::is_a_service;
 pub use self::manager::is_managed;
+pub(crate) use self::manager::{is_a_service, is_named_by_manager};
 pub use self::name::ClientId;
 pub use self::store::{DescriptorStore, inherited};
 

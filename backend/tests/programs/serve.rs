@@ -654,25 +654,33 @@ fn refuses_socket_in_private_folder() {
         .path()
         .join("systemd-private-0f-barlink@vm1.service-x");
     std::fs::create_dir(&private).unwrap();
-    let serve = barlink(["serve", "--ivshmem", "/tmp/vm.sock"]);
-    let mut shell = std::process::Command::new("unshare");
-    let script = format!("mount --bind '{}' /tmp && exec \"$@\"", private.display());
-    // As a control process of a service, such as the check before a reload.
-    shell.env("MAINPID", "1");
-    shell.args(["--mount", "sh", "-c", &script, "sh"]);
-    // The program may be below /tmp, so it is run by a descriptor.
-    let program = std::fs::File::open(serve.get_program()).unwrap();
-    shell
-        .arg("/proc/self/fd/0")
-        .args(serve.get_args())
-        .arg("--control=/tmp/control.sock");
-    let shell = shell.stdin(program);
-    fails(
-        shell,
-        1,
-        &[
-            "would be hidden from VMs by PrivateTmp=",
-            "below /run/barlink",
-        ],
-    );
+    // As a control process of a service, such as the check before a reload, and as a service that
+    // sends no notices.
+    for environment in ["MAINPID=1", "SYSTEMD_EXEC_PID=$$"] {
+        let serve = barlink(["serve", "--ivshmem", "/tmp/vm.sock"]);
+        let mut shell = std::process::Command::new("unshare");
+        let script = format!(
+            "mount --bind '{}' /tmp && export {environment} && exec \"$@\"",
+            private.display()
+        );
+        shell
+            .env_remove("SYSTEMD_EXEC_PID")
+            .env_remove("NOTIFY_SOCKET");
+        shell.args(["--mount", "sh", "-c", &script, "sh"]);
+        // The program may be below /tmp, so it is run by a descriptor.
+        let program = std::fs::File::open(serve.get_program()).unwrap();
+        shell
+            .arg("/proc/self/fd/0")
+            .args(serve.get_args())
+            .arg("--control=/tmp/control.sock");
+        let shell = shell.stdin(program);
+        fails(
+            shell,
+            1,
+            &[
+                "would be hidden from VMs by PrivateTmp=",
+                "below /run/barlink",
+            ],
+        );
+    }
 }

@@ -14,7 +14,9 @@ const MOUNTS: &str = "/proc/self/mountinfo";
 /// reload. A program that another service has started, such as a shell, is none: its VMs may see
 /// the same folders.
 pub fn is_service() -> bool {
-    persistence::is_a_service() || is_control_process()
+    // Before systemd 248, only a service that sends notices is known to be one.
+    let is_started = persistence::is_named_by_manager();
+    is_started.unwrap_or_else(persistence::is_a_service) || is_control_process()
 }
 
 /// Returns whether this process is a control process of a service that runs.
