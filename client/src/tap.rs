@@ -250,7 +250,8 @@ impl Tap {
         }
     }
 
-    /// Looks again and again without a sleep, for the time of the strategy or until `limit` is over.
+    /// Looks again and again without a sleep, for the time of the strategy or until `limit` is
+    /// over.
     fn copy_spinning(
         &mut self,
         limit: Duration,

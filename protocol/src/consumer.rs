@@ -72,12 +72,9 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
             region,
             base,
         };
-        let checked = consumer
-            .capacity
-            .in_flight(consumer.written, consumer.read);
-        checked.map_err(|error| {
-            crate::state::explain(&consumer.region, channel, generation, error)
-        })?;
+        let checked = consumer.capacity.in_flight(consumer.written, consumer.read);
+        checked
+            .map_err(|error| crate::state::explain(&consumer.region, channel, generation, error))?;
         Ok(consumer)
     }
 
