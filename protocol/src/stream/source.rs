@@ -68,7 +68,7 @@ impl Source {
             (None, Some(_)) => Known::Told,
             (None, None) => Known::Nothing,
         };
-        let packets = (most < libc::PIPE_BUF && region::is_pipe(fd)).then(|| Packets {
+        let packets = (most < libc::PIPE_BUF && region::is_pipe(fd)).then_some(Packets {
             buffer: [0; libc::PIPE_BUF],
             length: 0,
             taken: 0,
