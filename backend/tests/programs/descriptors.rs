@@ -203,9 +203,8 @@ fn raw_receiver_names_option_for_rest() {
     let mut sender = broker.attach().sender("loop").unwrap();
     let _ = sender.send(barlink::Kind::USER, b"kept").unwrap();
     drop(sender);
-    let full = || File::options().write(true).open("/dev/full").unwrap();
     let mut receiver = recv(&broker);
-    receiver.arg("--raw").stdout(full());
+    receiver.args(["--raw", "-o", "/dev/full"]);
     let advice = ["receive the rest, which is still in the channel, into another file with --raw"];
     fails(&mut receiver, 1, &advice);
     works(recv(&broker).arg("--raw").arg("-o").arg(&rest));
