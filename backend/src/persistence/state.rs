@@ -279,6 +279,8 @@ const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= ENDED_EPOCHS);
 const _: () = assert!(VMMS + 8 * MAX_SLOTS as u64 <= HOLDERS + presence::holder(0, End::Producer));
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
 const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
+const _: () =
+    assert!(FIRST_EPOCHS + 8 * MAX_SLOTS as u64 <= OWNERS + presence::holder(0, End::Producer));
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= SIZE);
 
 #[cfg(test)]
@@ -301,10 +303,10 @@ mod tests {
         state
     }
 
-    type Facts = (u64, Vec<[u64; 3]>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
+    type Facts = (u64, Vec<[u64; 4]>, Vec<Option<(ClientId, u64)>>, Vec<u64>);
 
-    /// Reads all facts: the epoch, the connections with their VMMs and ended epochs, the holders,
-    /// the bases.
+    /// Reads all facts: the epoch, the connections with their VMMs, ended and first epochs, the
+    /// holders, the bases.
     fn facts(state: &PersistedState) -> Facts {
         let roster = state.roster();
         let ends = (0..CHANNELS).flat_map(|channel| {
@@ -315,7 +317,12 @@ mod tests {
         let connections = slots.map(|slot| {
             let slot = state.slot(slot);
             let vmm = u64::from(slot.vmm().unsigned_abs());
-            [slot.connection(), vmm, slot.ended_epoch()]
+            [
+                slot.connection(),
+                vmm,
+                slot.ended_epoch(),
+                slot.first_epoch(),
+            ]
         });
         let bases = (0..CHANNELS).map(|channel| roster.base(channel));
         (roster.epoch(), connections.collect(), ends, bases.collect())
@@ -362,12 +369,13 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 12] = [
+        let calls: [(&str, &dyn Fn()); 13] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
             ("VMM", &|| slot.set_vmm(7)),
             ("ended epoch", &|| slot.set_ended_epoch(6)),
+            ("first epoch", &|| slot.set_first_epoch(6)),
             ("number of an app", &|| assert_eq!(roster.next_client(), 1)),
             ("number of a claim", &|| assert_eq!(roster.next_claim(), 2)),
             ("holder", &|| {

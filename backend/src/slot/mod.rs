@@ -195,12 +195,13 @@ impl Slot {
         let connection = words.next_connection();
         words.set_handshake(Handshake::New);
         words.set_vmm(vmm.pid);
-        words.set_first_epoch(self.region.driver_epoch(self.id));
         // Rings for the last VM are not for this one, nor are the words of its driver.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
         }
         self.end_driver(words, may_live);
+        // Only now: to end the last VM's driver is not a coming of this VM's.
+        words.set_first_epoch(self.region.driver_epoch(self.id));
         words.set_connection(connection);
         occupancy.vm = Some(Vm::new(peer, connection));
         occupancy.vmm = Some(vmm);
