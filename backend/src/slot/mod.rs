@@ -166,8 +166,8 @@ impl Slot {
 /// The slot's VM.
 impl Slot {
     /// Takes the slot for a new VM. The slot stays taken by a VM that has left until the process of
-    /// its VMM has ended. The same process can have it again at once, unless the kernel consumes
-    /// rings for the slot.
+    /// its VMM has ended. The same process can have it again at once. No process gets a slot whose
+    /// rings the kernel consumes.
     pub fn occupy(self: &Arc<Self>, peer: Peer, vmm: Vmm) -> Result<Session, Taken> {
         let mut occupancy = self.occupancy.lock();
         if occupancy.vm.is_some() {
@@ -175,15 +175,16 @@ impl Slot {
         }
         let former = occupancy.vmm.as_ref().map(|vmm| (vmm, vmm.lives()));
         let may_live = former.is_some_and(|(_, lives)| lives != Some(false));
-        if let Some((former, Some(true))) = former {
-            let pid = former.pid();
-            if !former.is_same(&vmm) {
-                return Err(Taken::Former { pid });
-            }
-            if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed()
-            {
-                return Err(Taken::Consumed { pid });
-            }
+        let living = former.filter(|(_, lives)| *lives == Some(true));
+        let pid = living.map(|(former, _)| former.pid());
+        if let Some((former, _)) = living
+            && !former.is_same(&vmm)
+        {
+            return Err(Taken::Former { pid: former.pid() });
+        }
+        // Whether or not that process lives: another one may have its eventfds.
+        if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed() {
+            return Err(Taken::Consumed { pid });
         }
         // A service manager keeps every descriptor of a name.
         self.descriptors.remove(&name::vmm(self.id));
@@ -223,7 +224,7 @@ impl Slot {
     }
 
     /// Tells whether a driver came and went in order in the VM that has left, so that it disabled
-    /// its interrupts. A ring then finds no one, and can only do harm: QEMU without KVM goes on
+    /// its interrupts. A ring then has no receiver and can only do harm: QEMU without KVM goes on
     /// watching eventfds that it has closed.
     fn left_in_order(&self, occupancy: &Occupancy) -> bool {
         let epoch = self.region.driver_epoch(self.id);

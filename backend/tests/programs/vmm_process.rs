@@ -295,3 +295,23 @@ fn killed_vm_hides_no_consumed_rings() {
         is_refused_while_consumed(&broker, &vm.eventfds)
     });
 }
+
+/// A process can pass its connection to another one and end. Here another process has the slot's
+/// eventfds by another slot.
+#[test]
+fn ended_process_hides_no_consumed_rings() {
+    wait_until("the slot is refused", || {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("other.sock");
+        let broker = Broker::start_in(folder, &["--ivshmem", path.to_str().unwrap()]);
+        let other = handshake(connect(&broker, "other.sock"), 9);
+        drop(Vmm::start(&broker));
+        broker.wait_until_idle();
+        is_refused_while_consumed(&broker, &other.eventfds) && {
+            let told = "for a VM whose process the broker does not know";
+            assert!(broker.log().contains(told), "{}", broker.log());
+            handshake(connect(&broker, "vm.sock"), 9);
+            true
+        }
+    });
+}
