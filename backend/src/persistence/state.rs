@@ -329,6 +329,8 @@ const _: () = assert!(HANDSHAKES + 8 * MAX_SLOTS as u64 <= ENDED_EPOCHS);
 const _: () = assert!(VMMS + 8 * MAX_SLOTS as u64 <= HOLDERS + presence::holder(0, End::Producer));
 const _: () = assert!(HOLDERS + presence::holder(MAX_CHANNELS, End::Producer) <= BASES);
 const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
+const _: () =
+    assert!(FIRST_EPOCHS + 8 * MAX_SLOTS as u64 <= OWNERS + presence::holder(0, End::Producer));
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= READERS);
 const _: () = assert!(READERS + 8 * MAX_CLIENTS as u64 <= SIZE);
 
@@ -358,14 +360,14 @@ mod tests {
 
     type Facts = (
         u64,
-        Vec<[u64; 3]>,
+        Vec<[u64; 4]>,
         Vec<Option<(ClientId, u64)>>,
         Vec<u64>,
         Vec<ClientId>,
     );
 
-    /// Reads all facts: the epoch, the connections with their VMMs and ended epochs, the holders,
-    /// the bases, the readers.
+    /// Reads all facts: the epoch, the connections with their VMMs, ended and first epochs, the
+    /// holders, the bases, the readers.
     fn facts(state: &PersistedState) -> Facts {
         let roster = state.roster();
         let ends = (0..CHANNELS).flat_map(|channel| {
@@ -376,7 +378,12 @@ mod tests {
         let connections = slots.map(|slot| {
             let slot = state.slot(slot);
             let vmm = u64::from(slot.vmm().unsigned_abs());
-            [slot.connection(), vmm, slot.ended_epoch()]
+            [
+                slot.connection(),
+                vmm,
+                slot.ended_epoch(),
+                slot.first_epoch(),
+            ]
         });
         let bases = (0..CHANNELS).map(|channel| roster.base(channel));
         let readers = roster.readers();
@@ -440,12 +447,13 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 15] = [
+        let calls: [(&str, &dyn Fn()); 16] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
             ("VMM", &|| slot.set_vmm(7)),
             ("ended epoch", &|| slot.set_ended_epoch(6)),
+            ("first epoch", &|| slot.set_first_epoch(6)),
             ("number of an app", &|| assert_eq!(roster.next_client(), 1)),
             ("number of a claim", &|| assert_eq!(roster.next_claim(), 2)),
             ("holder", &|| {

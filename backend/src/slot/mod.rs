@@ -166,8 +166,8 @@ impl Slot {
 /// The slot's VM.
 impl Slot {
     /// Takes the slot for a new VM. The slot stays taken by a VM that has left until the process of
-    /// its VMM has ended. The same process can have it again at once, unless the kernel consumes
-    /// rings for the slot.
+    /// its VMM has ended. The same process can have it again at once. No process gets a slot whose
+    /// rings the kernel consumes.
     pub fn occupy(self: &Arc<Self>, peer: Peer, vmm: Vmm) -> Result<Session, Taken> {
         let mut occupancy = self.occupancy.lock();
         if occupancy.vm.is_some() {
@@ -175,15 +175,16 @@ impl Slot {
         }
         let former = occupancy.vmm.as_ref().map(|vmm| (vmm, vmm.lives()));
         let may_live = former.is_some_and(|(_, lives)| lives != Some(false));
-        if let Some((former, Some(true))) = former {
-            let pid = former.pid();
-            if !former.is_same(&vmm) {
-                return Err(Taken::Former { pid });
-            }
-            if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed()
-            {
-                return Err(Taken::Consumed { pid });
-            }
+        let living = former.filter(|(_, lives)| *lives == Some(true));
+        let pid = living.map(|(former, _)| former.pid());
+        if let Some((former, _)) = living
+            && !former.is_same(&vmm)
+        {
+            return Err(Taken::Former { pid: former.pid() });
+        }
+        // Whether or not that process lives: another one may have its eventfds.
+        if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed() {
+            return Err(Taken::Consumed { pid });
         }
         // A service manager keeps every descriptor of a name.
         self.descriptors.remove(&name::vmm(self.id));
@@ -195,12 +196,13 @@ impl Slot {
         let connection = words.next_connection();
         words.set_handshake(Handshake::New);
         words.set_vmm(vmm.pid);
-        words.set_first_epoch(self.region.driver_epoch(self.id));
         // Rings for the last VM are not for this one, nor are the words of its driver.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
         }
         self.end_driver(words, may_live);
+        // Only now: to end the last VM's driver is not a coming of this VM's.
+        words.set_first_epoch(self.region.driver_epoch(self.id));
         words.set_connection(connection);
         occupancy.vm = Some(Vm::new(peer, connection));
         occupancy.vmm = Some(vmm);

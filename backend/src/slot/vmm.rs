@@ -95,11 +95,10 @@ pub enum Taken {
         /// Process ID of the VMM.
         pid: u32,
     },
-    /// The kernel consumes the rings for the slot: an earlier device of the same process left its
-    /// interrupts there.
+    /// The kernel consumes the rings for the slot: an earlier device left its interrupts there.
     Consumed {
-        /// The process ID.
-        pid: u32,
+        /// The process ID of the former VM, if its process is known to live.
+        pid: Option<u32>,
     },
 }
 
@@ -114,7 +113,10 @@ impl Display for Taken {
                     "the slot is taken: its former VM has left, but {process} of that VM lives, and can still write to the region and take the slot's interrupts: {end}"
                 )
             }
-            Taken::Consumed { pid } => {
+            Taken::Consumed { pid: None } => f.write_str(
+                "the slot is taken: a device that was here went with its interrupts enabled, so the kernel (KVM) still consumes the slot's interrupts for a VM whose process the broker does not know: end that VM",
+            ),
+            Taken::Consumed { pid: Some(pid) } => {
                 let [process, end] = named(*pid);
                 write!(
                     f,

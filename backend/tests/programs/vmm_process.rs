@@ -9,6 +9,7 @@
 )]
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -246,31 +247,32 @@ fn same_process_has_its_slot_again() {
     }
 }
 
-/// The reader of the slot's eventfds stands for a kernel that consumes them (KVM's irqfd).
-#[test]
-fn slot_with_consumed_rings_stays_taken() {
-    let broker = Broker::start(&[]);
-    let vm = handshake(connect(&broker, "vm.sock"), 6);
-    let (stop, own) = (AtomicBool::new(false), vm.id);
-    let mut eventfds = vm.eventfds;
-    eventfds.retain(|(peer, _)| *peer == own);
-    drop(vm.socket);
+/// Tells whether the broker refuses a VM while the slot's eventfds are read. The readers stand for
+/// a kernel that consumes the rings (KVM's irqfd), and are not always as fast as one.
+fn is_refused_while_consumed(broker: &Broker, eventfds: &[(i64, OwnedFd)]) -> bool {
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let reader = |index: usize| {
-            let (stop, eventfd) = (&stop, &eventfds[index].1);
-            move || {
+        let _stop = Stop(&stop);
+        for (_, eventfd) in eventfds.iter().filter(|(peer, _)| *peer == 0) {
+            let stop = &stop;
+            scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     rings(eventfd);
                 }
-            }
-        };
-        let _stop = Stop(&stop);
-        (0..eventfds.len()).for_each(|index| drop(scope.spawn(reader(index))));
-        // The reader is another process's thread, and not always as fast as a kernel.
-        wait_until("the slot is refused", || {
-            let next = connect(&broker, "vm.sock");
-            message(&next).map(|(number, _)| number) == Some(1)
-        });
+            });
+        }
+        let next = connect(broker, "vm.sock");
+        message(&next).map(|(number, _)| number) == Some(1)
+    })
+}
+
+#[test]
+fn slot_with_consumed_rings_stays_taken() {
+    let broker = Broker::start(&[]);
+    wait_until("the slot is refused", || {
+        let vm = handshake(connect(&broker, "vm.sock"), 6);
+        drop(vm.socket);
+        is_refused_while_consumed(&broker, &vm.eventfds)
     });
     let told = format!(
         "the device that process {} had here went with its interrupts enabled",
@@ -278,4 +280,38 @@ fn slot_with_consumed_rings_stays_taken() {
     );
     assert!(broker.log().contains(&told), "{}", broker.log());
     handshake(connect(&broker, "vm.sock"), 6);
+}
+
+/// The broker ends the epoch of a killed VM's driver, which says nothing of the next VM's driver.
+#[test]
+fn killed_vm_hides_no_consumed_rings() {
+    wait_until("the slot is refused", || {
+        let broker = Broker::start(&[]);
+        let vmm = Vmm::start(&broker);
+        hold_up(&broker.attach(), 1);
+        drop(vmm);
+        let vm = handshake(connect(&broker, "vm.sock"), 6);
+        drop(vm.socket);
+        is_refused_while_consumed(&broker, &vm.eventfds)
+    });
+}
+
+/// A process can pass its connection to another one and end. Here another process has the slot's
+/// eventfds by another slot.
+#[test]
+fn ended_process_hides_no_consumed_rings() {
+    wait_until("the slot is refused", || {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("other.sock");
+        let broker = Broker::start_in(folder, &["--ivshmem", path.to_str().unwrap()]);
+        let other = handshake(connect(&broker, "other.sock"), 9);
+        drop(Vmm::start(&broker));
+        broker.wait_until_idle();
+        is_refused_while_consumed(&broker, &other.eventfds) && {
+            let told = "for a VM whose process the broker does not know";
+            assert!(broker.log().contains(told), "{}", broker.log());
+            handshake(connect(&broker, "vm.sock"), 9);
+            true
+        }
+    });
 }

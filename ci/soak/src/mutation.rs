@@ -242,6 +242,7 @@ mod tests {
         Report {
             passed: times.len() - failing.len(),
             failed: failing.len(),
+            skipped: 0,
             failing: failing.iter().map(name).collect(),
             times,
         }

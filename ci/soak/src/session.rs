@@ -7,7 +7,7 @@ use barlink_driver_checks::tier::{self, Tier};
 use barlink_sandbox::builds::{Artifacts, Programs};
 use barlink_sandbox::nextest::Nextest;
 use barlink_sandbox::setup;
-use barlink_vm::check_kernel_boots;
+use barlink_vm::{check_bare_kvm, check_kernel_boots};
 
 use crate::part::{Part, Work};
 use crate::{SoakArgs, crash, fuzz, mutation};
@@ -78,10 +78,17 @@ impl<'a> Session<'a> {
         command.env(tier::VARIABLE, Tier::Soak.to_string());
         let report = nextest.run(&mut command, PROFILE)?;
         ensure!(report.failed == 0, "{} tests failed", report.failed);
-        Ok(match report.passed {
+        let mut done = match report.passed {
             1 => "1 test".to_owned(),
             many => format!("{many} tests"),
-        })
+        };
+        if report.skipped > 0 {
+            done += &format!(", {} skipped", report.skipped);
+            if let Err(reason) = check_bare_kvm(artifacts) {
+                done += &format!(": {reason:#}");
+            }
+        }
+        Ok(done)
     }
 
     /// Returns the tests and the artifacts that they need. Builds them in the first call.

@@ -4,6 +4,7 @@
 //! (`probe.rs`), else QEMU's translator TCG.
 
 use std::path::Path;
+use std::sync::Once;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Access, access};
@@ -18,12 +19,16 @@ use crate::probe::{Guest, probe};
 pub(crate) const KVM: &str = "/dev/kvm";
 
 /// Chooses the accelerator of VMs with a kernel: the wanted one, else KVM if the kernel boots under
-/// it, else TCG.
+/// it, else TCG. Prints the reason for TCG once in a process.
 pub fn accelerator(artifacts: &Artifacts) -> Accel {
     let chosen = artifacts.args.accel;
     chosen.unwrap_or_else(|| match kvm_boots(artifacts, Guest::Linux) {
         Ok(()) => Accel::Kvm,
-        Err(_) => Accel::Tcg,
+        Err(reason) => {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| eprintln!("TCG runs the guests, because {reason:#}"));
+            Accel::Tcg
+        }
     })
 }
 
@@ -85,7 +90,7 @@ fn check_device(device: &Path) -> Result<()> {
             "is closed to this user",
             "join the group that has it, mostly `kvm`, and log in anew",
         ),
-        Err(_) => ("cannot be used", "see what it is"),
+        Err(_) => ("cannot be used", "replace that file by KVM's device"),
     };
     Err(anyhow::anyhow!("{cure}")).with_context(|| format!("{} {cause}", device.display()))
 }

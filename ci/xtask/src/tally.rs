@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Counts of passed and failed checks or tests.
+//! Counts of passed, failed and skipped checks or tests.
 
 use std::fmt;
 use std::ops::AddAssign;
 use std::process::ExitCode;
 
-/// Numbers of passed and failed checks or tests.
+/// Numbers of passed, failed and skipped checks or tests.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Tally {
     /// Number of passed ones.
     pub passed: u64,
     /// Number of failed ones.
     pub failed: u64,
+    /// Number of those that cannot run here.
+    pub skipped: u64,
 }
 
 impl Tally {
@@ -39,11 +41,16 @@ impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.skipped += other.skipped;
     }
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} passed, {} failed", self.passed, self.failed)
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        if self.skipped > 0 {
+            write!(f, ", {} skipped", self.skipped)?;
+        }
+        Ok(())
     }
 }

@@ -59,12 +59,15 @@ pub fn run(args: &TestArgs) -> Result<ExitCode> {
     }
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     println!("{minutes:.1} minutes, builds included");
-    if let Err(reason) = bare_kvm {
+    if let Err(reason) = bare_kvm
+        && report.skipped > 0
+    {
         println!("the scenes under KVM are skipped: {reason:#}");
     }
     let tally = Tally {
         passed: report.passed as u64,
         failed: report.failed as u64,
+        skipped: report.skipped as u64,
     };
     println!("{tally}");
     Ok(tally.exit_code())
