@@ -237,6 +237,17 @@ pub fn settle(stage: &Stage, machine: &mut Bare) -> Result<()> {
     }
 }
 
+/// Checks that a storm's rings became interrupts, no more than there were rings. `before` counts
+/// those of earlier rings.
+fn check_storm(stage: &Stage, machine: &mut Bare, stop: &Stop, before: u64) -> Result<()> {
+    settle(stage, machine)?;
+    let rung = stop.rung.load(Ordering::Relaxed);
+    let taken = machine.taken(FIRST + 1, 1)? - before;
+    // One ring is that of `settle`.
+    ensure!(taken > 1 && taken <= rung + 1, "{taken} of {rung} rings");
+    Ok(())
+}
+
 /// A stopped VM gets the rings of that time when it continues.
 pub fn paused_vm_gets_its_rings_later(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
@@ -315,7 +326,7 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
     Ok(())
 }
 
-/// The broker is replaced while the guest rings.
+/// The broker is replaced while both sides ring.
 pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
     let mut stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
@@ -324,9 +335,15 @@ pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
     stage.tap.rings(HOST, 3)?;
     let times = rounds(1_500, 20_000);
     for round in 1..=rounds(2, 5) {
-        machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-        stage.broker.replace()?;
-        machine.finish()?;
+        let before = machine.taken(FIRST + 1, 1)?;
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _storm = Storm::start(scope, &stage.tap, &stop);
+            machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            stage.broker.replace()?;
+            machine.finish()
+        })?;
+        check_storm(&stage, &mut machine, &stop, before)?;
         let rings = stage.tap.rings(HOST, 3)?;
         ensure!(rings == times, "round {round}: {rings} of {times}");
         stage.interrupts_come(&mut machine, 2)?;
@@ -336,7 +353,7 @@ pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
 
 /// The broker is killed, and its service manager starts it again. Over vfio-user a message that is
 /// under way then costs five seconds (`ci/tests/vfio_user/under_way.rs`), so the guest rings only
-/// before and after.
+/// before and after. The host rings meanwhile.
 pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     let mut stage = setting.managed_stage()?;
     let (mut machine, device) = stage.machine()?;
@@ -346,15 +363,21 @@ pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     for round in 1..=rounds(2, 10) {
         stage.interrupts_come(&mut machine, 2)?;
         stage.tap.rings(HOST, 3)?;
-        if amid {
-            machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-        }
-        stage.broker.kill()?;
-        stage.broker.start_again()?;
-        if !amid {
-            machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-        }
-        machine.finish()?;
+        let before = machine.taken(FIRST + 1, 1)?;
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _storm = Storm::start(scope, &stage.tap, &stop);
+            if amid {
+                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            }
+            stage.broker.kill()?;
+            stage.broker.start_again()?;
+            if !amid {
+                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            }
+            machine.finish()
+        })?;
+        check_storm(&stage, &mut machine, &stop, before)?;
         let rings = stage.tap.rings(HOST, 3)?;
         // A broker that starts rings vector 0 of all peers, and no other one.
         ensure!(rings == times, "round {round}: {rings} of {times}");
