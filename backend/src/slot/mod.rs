@@ -448,8 +448,8 @@ impl Slot {
         sent
     }
 
-    /// Marks that the VM may have a descriptor of the region or of an eventfd, so that the slot stays
-    /// taken until its VMM's process has ended.
+    /// Marks that the VM may have a descriptor of the region or of an eventfd. The slot then stays
+    /// taken until the process of its VMM has ended.
     pub fn mark_descriptor(&self) {
         let mut occupancy = self.occupancy.lock();
         occupancy.has_descriptor = true;

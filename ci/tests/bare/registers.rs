@@ -195,8 +195,8 @@ impl Drop for Storm<'_> {
     }
 }
 
-/// Both sides ring, the guest without a pause and the host 20 µs after each ring. No doorbell is lost or repeated. Interrupts can merge, but the
-/// last one comes.
+/// Both sides ring, the guest without a pause, and the host with a pause of 20 µs after each ring.
+/// No doorbell is lost or repeated. Interrupts can merge, but the last one comes.
 pub fn storms_both_ways_lose_nothing(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
