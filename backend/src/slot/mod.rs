@@ -70,6 +70,10 @@ struct Occupancy {
     is_final: bool,
     /// The VMM of this VM, or of the former one until its process has ended.
     vmm: Option<Vmm>,
+    /// Whether this VM may have a descriptor of the region or of an eventfd.
+    has_descriptor: bool,
+    /// While this VM has no descriptor: the former VMM, and the epoch of the driver at its start.
+    former: Option<(Vmm, u64)>,
 }
 
 /// The reason why an end that belongs to a VM is not free.
@@ -116,6 +120,8 @@ impl Slot {
                 vm: None,
                 is_final: false,
                 vmm,
+                has_descriptor: false,
+                former: None,
             }),
             session_lock: RwLock::new(()),
         })
@@ -201,11 +207,13 @@ impl Slot {
             eventfd.drain();
         }
         self.end_driver(words, may_live);
+        let first_epoch = words.first_epoch();
         // Only now: to end the last VM's driver is not a coming of this VM's.
         words.set_first_epoch(self.region.driver_epoch(self.id));
         words.set_connection(connection);
         occupancy.vm = Some(Vm::new(peer, connection));
-        occupancy.vmm = Some(vmm);
+        occupancy.former = occupancy.vmm.replace(vmm).map(|vmm| (vmm, first_epoch));
+        occupancy.has_descriptor = false;
         self.region.publish_connection(self.id, connection);
         Ok(Session(Arc::clone(self)))
     }
@@ -252,6 +260,8 @@ impl Slot {
             return None;
         }
         occupancy.vm = Some(Vm::new(peer, connection));
+        // The predecessor may have sent some.
+        occupancy.has_descriptor = occupancy.words.handshake() != Handshake::New;
         Some(Session(Arc::clone(self)))
     }
 
@@ -276,10 +286,22 @@ impl Slot {
     pub(crate) fn vacate(&self) {
         let mut occupancy = self.occupancy.lock();
         occupancy.vm = None;
-        // A VM that received no descriptor has left nothing behind.
-        let received_nothing = occupancy.words.handshake() == Handshake::New;
-        let is_harmless = |vmm: &mut Vmm| received_nothing || vmm.lives() == Some(false);
-        if occupancy.vmm.take_if(is_harmless).is_some() {
+        // A VM that received no descriptor has left nothing behind, but the VM before it may have.
+        if !occupancy.has_descriptor {
+            let former = occupancy.former.take();
+            self.descriptors.remove(&name::vmm(self.id));
+            let (vmm, first_epoch) = former.unzip();
+            let words = &occupancy.words;
+            words.set_vmm(vmm.as_ref().map_or(0, |vmm| vmm.pid));
+            words.set_first_epoch(first_epoch.unwrap_or(words.first_epoch()));
+            if let Some(process) = vmm.as_ref().and_then(Vmm::process) {
+                self.descriptors
+                    .store(name::vmm(self.id), Arc::clone(process));
+            }
+            occupancy.vmm = vmm;
+        }
+        let has_ended = |vmm: &mut Vmm| vmm.lives() == Some(false);
+        if occupancy.vmm.take_if(has_ended).is_some() {
             self.descriptors.remove(&name::vmm(self.id));
             occupancy.words.set_vmm(0);
         }
@@ -424,6 +446,14 @@ impl Slot {
         let sent = send();
         self.set_handshake(Handshake::Pending(pending - u64::from(sent.is_ok())));
         sent
+    }
+
+    /// Marks that the VM may have a descriptor of the region or of an eventfd. The slot then stays
+    /// taken until the process of its VMM has ended.
+    pub fn mark_descriptor(&self) {
+        let mut occupancy = self.occupancy.lock();
+        occupancy.has_descriptor = true;
+        occupancy.former = None;
     }
 
     /// Marks the handshake as complete.

@@ -92,6 +92,9 @@ impl Transport for Ivshmem {
                     _ => return Err(TransportError::Send { what, source }),
                 }
             }
+            if descriptor.is_some() {
+                slot.mark_descriptor();
+            }
         }
         vm.set_nonblocking(false).map_err(unready)?;
         debug!("slot {own}: handshake is done");

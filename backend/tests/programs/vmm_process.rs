@@ -9,6 +9,7 @@
 )]
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
@@ -18,6 +19,7 @@ use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use barlink_protocol::wire::layout::{End, presence};
 use barlink_service::ServiceManager;
+use rustix::process::Signal;
 
 use crate::support::*;
 use crate::vmm::{connect, handshake, message, rings};
@@ -34,13 +36,31 @@ struct Vmm {
 impl Vmm {
     /// Starts a process that connects to the broker's slot, and waits until it is admitted.
     fn start(broker: &Broker) -> Self {
-        let (control, mut theirs) = UnixStream::pair().unwrap();
+        let vmm = Self::connect(broker, false);
+        let attachment = broker.attach();
+        wait_until("the VMM is admitted", || {
+            let vm = &attachment.status().unwrap().slots[0].vm;
+            let pid = vmm.pid.unsigned_abs();
+            vm.as_ref().is_some_and(|vm| vm.pid == pid)
+        });
+        vmm
+    }
+
+    /// Starts a process that connects to the broker's slot. One that is deaf receives nothing.
+    fn connect(broker: &Broker, is_deaf: bool) -> Self {
+        let (mut control, mut theirs) = UnixStream::pair().unwrap();
         let path = broker.path("vm.sock");
         // SAFETY: the forked process only makes system calls, connects and sleeps, which takes no
         // lock that another thread of this test may hold, and ends without running destructors.
         let pid = match unsafe { libc::fork() } {
             0 => {
                 let vm = UnixStream::connect(path);
+                if let Ok(vm) = &vm
+                    && is_deaf
+                {
+                    let _ = vm.shutdown(Shutdown::Read);
+                }
+                let _ = theirs.write(&[0]);
                 let _ = theirs.read(&mut [0]);
                 drop(vm);
                 let _ = theirs.read(&mut [0]);
@@ -50,13 +70,8 @@ impl Vmm {
             pid => pid,
         };
         assert!(pid > 0, "cannot fork");
-        let vmm = Vmm { pid, control };
-        let attachment = broker.attach();
-        wait_until("the VMM is admitted", || {
-            let vm = &attachment.status().unwrap().slots[0].vm;
-            vm.as_ref().is_some_and(|vm| vm.pid == pid.unsigned_abs())
-        });
-        vmm
+        control.read_exact(&mut [0]).unwrap();
+        Vmm { pid, control }
     }
 
     /// Makes the process lose its connection, and live on.
@@ -237,6 +252,65 @@ fn slot_stays_taken_until_vmm_ends() {
     }
     drop(vmm);
     handshake(connect(&broker, "vm.sock"), 6);
+}
+
+/// Connects a process that receives nothing, while the broker does not run.
+fn deaf(broker: &Broker) -> Vmm {
+    broker.signal(Signal::STOP);
+    let vmm = Vmm::connect(broker, true);
+    broker.signal(Signal::CONT);
+    wait_until("the broker has tried", || {
+        let told = format!("process {} of user", vmm.pid);
+        let log = broker.log();
+        let mut lines = log.lines().filter(|line| line.contains(&told));
+        lines.any(|line| line.contains("has left"))
+    });
+    vmm
+}
+
+#[test]
+fn client_without_descriptor_keeps_no_slot() {
+    let mut broker = Broker::start(&[]);
+    let deaf = deaf(&broker);
+    wait_until("the slot is free", || {
+        let next = connect(&broker, "vm.sock");
+        message(&next).map(|(number, _)| number) == Some(0)
+    });
+    deaf.signal(0);
+    // The slot is this process's now, for a successor as well.
+    succeed(&mut broker, &[]);
+    let other = Vmm::connect(&broker, false);
+    wait_until("the other process is refused", || {
+        broker
+            .log()
+            .contains(&format!("process {} of user", other.pid))
+            && broker.log().contains("of that VM lives")
+    });
+}
+
+#[test]
+fn client_without_descriptor_frees_no_slot() {
+    let broker = Broker::start(&[]);
+    drop(handshake(connect(&broker, "vm.sock"), 6));
+    let left = |times| {
+        wait_until("the client has left", || {
+            let log = broker.log();
+            let lines = log.lines().filter(|line| line.contains("slot 0: process"));
+            lines.filter(|line| line.ends_with("has left")).count() == times
+        });
+    };
+    left(1);
+    broker.signal(Signal::STOP);
+    let deaf = connect(&broker, "vm.sock");
+    deaf.shutdown(Shutdown::Read).unwrap();
+    broker.signal(Signal::CONT);
+    left(2);
+    // This process had a descriptor before.
+    let _other = Vmm::connect(&broker, false);
+    let told = format!("process {} of that VM lives", std::process::id());
+    wait_until("the other process is refused", || {
+        broker.log().contains(&told)
+    });
 }
 
 #[test]

@@ -15,7 +15,7 @@ use barlink_vm::tap::Tap;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
-use crate::stage::{Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
+use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
 
 pub fn doorbells_are_counted_exactly(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
@@ -41,7 +41,7 @@ pub fn interrupts_are_counted_exactly(setting: Setting) -> Result<()> {
     device.enable(&mut machine)?;
     let times = rounds(20, 2_000);
     stage.interrupts_come(&mut machine, times)?;
-    let all = machine.taken(FIRST, 0xef - u32::from(FIRST))?;
+    let all = machine.taken(FIRST, ALL)?;
     ensure!(all == times * u64::from(VECTORS), "{all} interrupts");
     stage.check_quiet(&machine)
 }
@@ -121,7 +121,7 @@ pub fn moved_vectors_interrupt_at_new_place(setting: Setting) -> Result<()> {
     for round in 0..rounds(8, 100) {
         let to = 0x80 + (round % 64) as u8;
         let before = machine.taken(to, 1)?;
-        let total = machine.taken(FIRST, 0xef - u32::from(FIRST))?;
+        let total = machine.taken(FIRST, ALL)?;
         machine.write(control, 1)?;
         // A ring amid the move goes to the new place, because the vector is masked.
         stage.tap.ring(VM, 1, 1)?;
@@ -132,7 +132,7 @@ pub fn moved_vectors_interrupt_at_new_place(setting: Setting) -> Result<()> {
         stage.tap.ring(VM, 1, 1)?;
         let taken = machine.sleep_until(to, before + 2, LIMIT)?;
         ensure!(taken == before + 2, "round {round}: {taken}");
-        let all = machine.taken(FIRST, 0xef - u32::from(FIRST))?;
+        let all = machine.taken(FIRST, ALL)?;
         ensure!(all == total + 2, "round {round}: {all} in all");
     }
     stage.check_quiet(&machine)
@@ -195,8 +195,8 @@ impl Drop for Storm<'_> {
     }
 }
 
-/// Both sides ring without a pause. No doorbell is lost or repeated. Interrupts can merge, but the
-/// last one comes.
+/// Both sides ring, the guest without a pause, and the host with a pause of 20 µs after each ring.
+/// No doorbell is lost or repeated. Interrupts can merge, but the last one comes.
 pub fn storms_both_ways_lose_nothing(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
@@ -237,6 +237,17 @@ pub fn settle(stage: &Stage, machine: &mut Bare) -> Result<()> {
     }
 }
 
+/// Checks that a storm's rings became interrupts, no more than there were rings. `before` counts
+/// those of earlier rings.
+fn check_storm(stage: &Stage, machine: &mut Bare, stop: &Stop, before: u64) -> Result<()> {
+    settle(stage, machine)?;
+    let rung = stop.rung.load(Ordering::Relaxed);
+    let taken = machine.taken(FIRST + 1, 1)? - before;
+    // One ring is that of `settle`.
+    ensure!(taken > 1 && taken <= rung + 1, "{taken} of {rung} rings");
+    Ok(())
+}
+
 /// A stopped VM gets the rings of that time when it continues.
 pub fn paused_vm_gets_its_rings_later(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
@@ -270,9 +281,9 @@ pub fn resets_amid_rings_do_no_harm(setting: Setting) -> Result<()> {
         let stop = Stop::default();
         thread::scope(|scope| {
             let _storm = Storm::start(scope, &stage.tap, &stop);
-            let order = format!("repeat {:#x} {:#x} 10000000", device.doorbell(), HOST << 16);
-            machine.begin(&order)?;
-            wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 0)? > 0))?;
+            machine.begin_repeat(device.doorbell(), HOST << 16 | 4, 10_000_000)?;
+            // The broker rings vector 0 alone.
+            wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 4)? > 0))?;
             machine.qmp("system_reset", &json!({}))?;
             machine.wait_for_firmware(round + 1)
         })?;
@@ -295,7 +306,7 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
         let (mut machine, device) = stage.machine()?;
         device.enable(&mut machine)?;
         stage.interrupts_come(&mut machine, 3)?;
-        let all = machine.taken(FIRST, 0xef - u32::from(FIRST))?;
+        let all = machine.taken(FIRST, ALL)?;
         ensure!(all == 3 * u64::from(VECTORS), "round {round}: {all}");
         stage.tap.all_rings()?;
         machine.repeat(device.doorbell(), HOST << 16 | 4, 50)?;
@@ -304,9 +315,9 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
         let stop = Stop::default();
         thread::scope(|scope| {
             let _storm = Storm::start(scope, &stage.tap, &stop);
-            let order = format!("repeat {:#x} {:#x} 10000000", device.doorbell(), HOST << 16);
-            machine.begin(&order)?;
-            wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 0)? > 0))?;
+            machine.begin_repeat(device.doorbell(), HOST << 16 | 4, 10_000_000)?;
+            // The broker rings vector 0 alone.
+            wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 4)? > 0))?;
             drop(machine);
             Ok::<_, anyhow::Error>(())
         })?;
@@ -315,7 +326,7 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
     Ok(())
 }
 
-/// The broker is replaced while the guest rings.
+/// The broker is replaced while both sides ring.
 pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
     let mut stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
@@ -324,14 +335,15 @@ pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
     stage.tap.rings(HOST, 3)?;
     let times = rounds(1_500, 20_000);
     for round in 1..=rounds(2, 5) {
-        let order = format!(
-            "repeat {:#x} {:#x} {times}",
-            device.doorbell(),
-            HOST << 16 | 3
-        );
-        machine.begin(&order)?;
-        stage.broker.replace()?;
-        machine.finish()?;
+        let before = machine.taken(FIRST + 1, 1)?;
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _storm = Storm::start(scope, &stage.tap, &stop);
+            machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            stage.broker.replace()?;
+            machine.finish()
+        })?;
+        check_storm(&stage, &mut machine, &stop, before)?;
         let rings = stage.tap.rings(HOST, 3)?;
         ensure!(rings == times, "round {round}: {rings} of {times}");
         stage.interrupts_come(&mut machine, 2)?;
@@ -341,7 +353,7 @@ pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
 
 /// The broker is killed, and its service manager starts it again. Over vfio-user a message that is
 /// under way then costs five seconds (`ci/tests/vfio_user/under_way.rs`), so the guest rings only
-/// before and after.
+/// before and after. The host rings meanwhile.
 pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     let mut stage = setting.managed_stage()?;
     let (mut machine, device) = stage.machine()?;
@@ -351,17 +363,21 @@ pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     for round in 1..=rounds(2, 10) {
         stage.interrupts_come(&mut machine, 2)?;
         stage.tap.rings(HOST, 3)?;
-        let doorbell = device.doorbell();
-        let order = format!("repeat {doorbell:#x} {:#x} {times}", HOST << 16 | 3);
-        if amid {
-            machine.begin(&order)?;
-        }
-        stage.broker.kill()?;
-        stage.broker.start_again()?;
-        if !amid {
-            machine.begin(&order)?;
-        }
-        machine.finish()?;
+        let before = machine.taken(FIRST + 1, 1)?;
+        let stop = Stop::default();
+        thread::scope(|scope| {
+            let _storm = Storm::start(scope, &stage.tap, &stop);
+            if amid {
+                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            }
+            stage.broker.kill()?;
+            stage.broker.start_again()?;
+            if !amid {
+                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+            }
+            machine.finish()
+        })?;
+        check_storm(&stage, &mut machine, &stop, before)?;
         let rings = stage.tap.rings(HOST, 3)?;
         // A broker that starts rings vector 0 of all peers, and no other one.
         ensure!(rings == times, "round {round}: {rings} of {times}");
@@ -370,7 +386,7 @@ pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     stage.check_quiet(&machine)
 }
 
-/// The broker has ended, and nobody replaces it: over ivshmem rings go on.
+/// The broker has ended, and no broker replaces it: over ivshmem rings go on.
 pub fn rings_outlive_their_broker(setting: Setting) -> Result<()> {
     let mut stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;

@@ -30,6 +30,8 @@ pub const VECTORS: u32 = 5;
 pub const REGION: u64 = 1 << 20;
 /// The first vector of the processor for interrupts of a device.
 pub const FIRST: u8 = 0x30;
+/// The number of the processor's vectors from [`FIRST`] on that a device can have.
+pub const ALL: u32 = 0xef - FIRST as u32;
 /// Timeout of an interrupt.
 pub const LIMIT: Duration = Duration::from_secs(20);
 

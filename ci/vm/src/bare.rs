@@ -282,8 +282,13 @@ impl Bare {
 impl Bare {
     /// Writes `value` to an address `times` times, without a pause.
     pub fn repeat(&mut self, address: u64, value: u32, times: u64) -> Result<()> {
-        self.order(&format!("repeat {address:#x} {value:#x} {times}"))
-            .map(drop)
+        self.begin_repeat(address, value, times)?;
+        self.finish().map(drop)
+    }
+
+    /// Begins the same. [`Bare::finish`] waits for its end.
+    pub fn begin_repeat(&mut self, address: u64, value: u32, times: u64) -> Result<()> {
+        self.begin(&format!("repeat {address:#x} {value:#x} {times}"))
     }
 
     /// Writes 1 and 0 to an address `times` times, without a pause.

@@ -5,7 +5,8 @@
 //! The device `/dev/kvm` proves little: behind it can be a KVM under which a stock kernel hangs
 //! before its first message, while the bare guest runs. So each kind of guest is booted once.
 //! Whether it booted or hung is stored in the user's cache folder, and holds until the host boots
-//! again, or its KVM, QEMU or the guest is another one. An error, such as a full disk, is not stored.
+//! again, or its KVM, QEMU or the guest is another one. An error, such as a full disk, is not
+//! stored.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -277,6 +277,9 @@ impl<'a> Device<'a> {
         if fits {
             reply.put_mappable_area(&vfio_region_sparse_mmap_area { offset: 0, size });
         }
+        if fits {
+            self.slot.mark_descriptor();
+        }
         let memory = self.slot.region().memory(Access::ReadWrite);
         Ok(fits.then(|| memory.as_fd()))
     }

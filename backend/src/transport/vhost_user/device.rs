@@ -136,6 +136,7 @@ impl Device {
             flags: VhostUserMMapFlags::WRITABLE.bits(),
             ..VhostUserMMap::default()
         };
+        self.slot.mark_descriptor();
         // This waits, and holds no lock.
         let memory = self.slot.region().memory(Access::ReadWrite);
         let mapped = channel.shmem_map(&region, &**memory);
