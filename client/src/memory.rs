@@ -311,13 +311,19 @@ mod tests {
         let map = |access| Mapping::new(memory.try_clone().unwrap(), 1 << 20, access).unwrap();
         let behind = Mapping::map_behind(&memory, 1 << 20, 8192).unwrap();
         for mapping in [map(Access::ReadOnly), map(Access::ReadWrite), behind] {
-            let first = format!("{:x}-", mapping.0.start.as_ptr() as usize);
+            let start = mapping.0.start.as_ptr() as usize;
+            let first = format!("{start:x}-");
+            let last = format!("-{:x} ", start + (1 << 20));
             let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            // A mapping can have several areas.
             let mut lines = maps.lines().skip_while(|line| !line.starts_with(&first));
-            let flags = lines
-                .find_map(|line| line.strip_prefix("VmFlags:"))
-                .unwrap();
-            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+            let mut is_last = false;
+            while !is_last {
+                is_last = lines.next().unwrap().contains(&last);
+                let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
+                let flags = flags.unwrap();
+                assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::io;
 use super::accept::SocketError;
 use super::plan::PlanError;
 use crate::memory::MemoryError;
+use barlink_protocol::wire::layout::LayoutError;
 
 /// Reason why a broker cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,11 @@ pub enum BrokerError {
         "the running broker's region has another size or other channels: give it the same arguments, or first stop it (and run systemctl clean --what=fdstore for its service)"
     )]
     OtherRegion,
+    /// The layout of the running broker's region is of another version.
+    #[error(
+        "the region of the running broker cannot be taken over: shut its VMs down and stop it first (and run systemctl clean --what=fdstore for its service)"
+    )]
+    OtherLayout(#[source] LayoutError),
     /// A descriptor is missing from the hand-over.
     #[error("the running broker did not hand over `{0}`: stop it, and start anew")]
     Incomplete(String),

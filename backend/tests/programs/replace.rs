@@ -2,8 +2,9 @@
 
 //! Tests of a broker that replaces another one while VMs and host apps go on.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -234,6 +235,38 @@ fn broker_survives_successor_with_other_arguments() {
             broker.attach().status().unwrap().slots[0].vm.is_none()
         });
     }
+    succeed(&mut broker, &["--size", "1M"]);
+}
+
+/// Writes the version of the layout into the state that a broker keeps for its successor.
+fn set_layout_version(broker: &Broker, version: u32) {
+    let descriptors = format!("/proc/{}/fd", broker.child.id());
+    let entries = std::fs::read_dir(descriptors).unwrap();
+    let memories = entries.filter_map(|entry| {
+        let path = entry.unwrap().path();
+        let target = std::fs::read_link(&path).ok()?;
+        let is_memory = target.to_string_lossy().contains("memfd:");
+        // The region of 1 MiB is a memory as well.
+        (is_memory && path.metadata().unwrap().len() < 1 << 20).then_some(path)
+    });
+    let path = memories.last().expect("the broker keeps its state");
+    let state = File::options().write(true).open(path).unwrap();
+    state.write_all_at(&version.to_le_bytes(), 8).unwrap();
+}
+
+/// A package can have been upgraded to a version with another layout.
+#[test]
+fn broker_survives_successor_with_other_layout_version() {
+    let mut broker = Broker::start(&["--size", "1M"]);
+    set_layout_version(&broker, 3);
+    let mut successor = broker.command(&["--size", "1M", "--replace"]);
+    fails(
+        successor.env("RUST_LOG", "error").stderr(Stdio::piped()),
+        1,
+        &["cannot be taken over", "version 3", "shut its VMs down"],
+    );
+    drop(broker.attach().sender("down").unwrap());
+    set_layout_version(&broker, 2);
     succeed(&mut broker, &["--size", "1M"]);
 }
 

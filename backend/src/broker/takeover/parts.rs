@@ -163,7 +163,8 @@ impl Parts {
         let (persisted, theirs) = PersistedState::open(take(name::STATE)?.into())?;
         let layout = match theirs {
             Ok(theirs) if fits(layout, &theirs) => theirs,
-            _ => return Err(BrokerError::OtherRegion),
+            Ok(_) => return Err(BrokerError::OtherRegion),
+            Err(error) => return Err(BrokerError::OtherLayout(error)),
         };
         // A predecessor of another version may not have stored the transports.
         for ((id, slot), kept) in (0..).zip(slots).zip(kept) {
