@@ -119,8 +119,9 @@ const RECORD_SIZE: usize = 1 << 20;
 ///
 /// # Errors
 ///
-/// The source cannot be read, or the channel stopped working. [`StreamError::EndDropped`]: the
-/// sender drops, and the channel had no room for the end of the stream for a second.
+/// The source cannot be read, or the channel stopped working. Up to 4 KiB of a pipe can have been
+/// read and not sent then, if records are smaller. [`StreamError::EndDropped`]: the sender drops,
+/// and the channel had no room for the end of the stream for a second.
 /// [`StreamError::BeginDropped`]: it had none for the beginning either.
 ///
 /// [`StreamError::BeginDropped`]: stream::StreamError::BeginDropped
@@ -158,7 +159,10 @@ pub fn send(
 /// stopped working. [`StreamError::Misplaced`]: the next record is not of a stream, or not its
 /// beginning. It stays in the channel. [`StreamError::Missing`]: the stream was received to its
 /// end, and records were dropped, which leave gaps in the numbers of the others.
+/// [`StreamError::Close`]: the target reported a write error when a copy of its descriptor was
+/// closed, which also gives back the locks by `fcntl(2)` that this process has of the file.
 ///
+/// [`StreamError::Close`]: stream::StreamError::Close
 /// [`StreamError::Misplaced`]: stream::StreamError::Misplaced
 /// [`StreamError::Missing`]: stream::StreamError::Missing
 pub fn receive(

@@ -417,8 +417,8 @@ impl Tap {
     ) -> Result<Option<Header>, Error> {
         let checked = self.process.check();
         checked.map_err(|process| EventError::Inherited { process })?;
-        // The device can have gone while the program waited for a record.
-        if self.looks.pause.is_some() && self.removal.has_come() {
+        // The device can have gone since the last look.
+        if self.looks.rested() && self.removal.has_come() {
             return Err(EventError::Gone.into());
         }
         let found = self.copy_once(&look, bytes)?;
@@ -538,6 +538,11 @@ impl Looks {
             pause: None,
             last: Instant::now(),
         })
+    }
+
+    /// Returns whether the program waits for a record, or has done something else for a while.
+    fn rested(&self) -> bool {
+        self.pause.is_some() || self.last.elapsed() >= LONGEST_LOOK
     }
 
     /// Returns the time until the next look.

@@ -98,7 +98,7 @@ Exit codes:
        the beginning is missing (--partial); `send` had to drop the end; `echo` missed records or
        had to drop some
   7    no record came, or there was no room for one, within --timeout
-  8    the broker is gone, and no program has received what was sent
+  8    the broker is gone or does not answer, and no program has received what was sent
   130  interrupted by Ctrl-C";
 
 #[derive(Debug, Subcommand)]

@@ -54,7 +54,7 @@ fn is_started_by_manager() -> bool {
     is_named_by_manager().unwrap_or(true)
 }
 
-/// Tells whether systemd 248 or later has started this process, as a service of any type: a unit of
+/// Returns whether systemd 248 or later has started this process, as a service of any type: a unit of
 /// `Type=simple` has no socket for notices. `None` if systemd named no process.
 pub fn is_named_by_manager() -> Option<bool> {
     let started = std::env::var("SYSTEMD_EXEC_PID").ok()?;

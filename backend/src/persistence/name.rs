@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The names of stored descriptors. Brokers of different versions exchange them, so they stay.
+//! The names of stored descriptors. Brokers of different versions exchange them, so they stay, also
+//! where the thing has another name by now: `ledger` is the persisted state, `bell` an eventfd.
 
 /// The number of a host app's connection, by which its claims are known.
 pub type ClientId = u64;
@@ -8,7 +9,7 @@ pub type ClientId = u64;
 /// The region's memory.
 pub const MEMORY: &str = "memory";
 /// The memory of the [persisted state](super::state).
-pub const STATE: &str = "state";
+pub const STATE: &str = "ledger";
 /// The control socket that the broker listens at.
 pub const CONTROL: &str = "control";
 
@@ -24,7 +25,7 @@ pub fn lock(listener: &str) -> String {
 
 /// Names an eventfd.
 pub fn eventfd(peer: u32, vector: u32) -> String {
-    format!("eventfd-{peer}-{vector}")
+    format!("bell-{peer}-{vector}")
 }
 
 /// Names the connection of a slot's VM.
@@ -128,7 +129,7 @@ mod tests {
             client(8),
         ];
         let stored =
-            "memory state control-lock slot-2 eventfd-3-4 vm-5 session-6 part-7-irq client-8";
+            "memory ledger control-lock slot-2 bell-3-4 vm-5 session-6 part-7-irq client-8";
         assert_eq!(names.join(" "), stored);
     }
 }

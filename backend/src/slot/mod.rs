@@ -260,8 +260,8 @@ impl Slot {
             return None;
         }
         occupancy.vm = Some(Vm::new(peer, connection));
-        // The predecessor may have sent some.
-        occupancy.has_descriptor = occupancy.words.handshake() != Handshake::New;
+        // The predecessor may have sent some, to this VM or to a former one of the same process.
+        occupancy.has_descriptor = true;
         Some(Session(Arc::clone(self)))
     }
 

@@ -461,7 +461,7 @@ fn broker_cancels_handover_to_slow_successor() {
                 begun.store(true, Ordering::Relaxed);
                 assert!(matches!(answer, Answer::Inheritance { last: false, .. }));
                 // After a hand-over was called off, the next part is the first of a new one.
-                parts = if names(&answer).contains(&"eventfd-0-0".to_owned()) {
+                parts = if names(&answer).contains(&"bell-0-0".to_owned()) {
                     1
                 } else {
                     parts + 1

@@ -117,8 +117,12 @@ impl Asker {
         }
     }
 
-    /// Returns whether the broker has ended in good order: its epoch is even then.
+    /// Returns whether the broker has ended in good order: its epoch is even then. The epoch is in
+    /// the device's memory, so a device that is gone cannot tell.
     pub(crate) fn has_ended(&self) -> bool {
+        if removal::wait(&self.file, Some(Duration::ZERO)) != Ok(false) {
+            return false;
+        }
         let epoch = self.epoch.map_or(0, |epoch| self.region.load(epoch));
         epoch != 0 && epoch.is_multiple_of(2)
     }

@@ -601,7 +601,7 @@ fn check_reachable(path: &Path) -> Result<(), SocketError> {
     Ok(())
 }
 
-/// Tells whether a process holds a lock. A file that cannot be examined is none, and an error of
+/// Returns whether a process holds a lock. A file that cannot be examined is none, and an error of
 /// [`open_lock`].
 fn is_locked(lock: &Path) -> bool {
     let mut options = OpenOptions::new();
