@@ -54,8 +54,8 @@ fn is_started_by_manager() -> bool {
     is_named_by_manager().unwrap_or(true)
 }
 
-/// Returns whether systemd 248 or later has started this process, as a service of any type: a unit of
-/// `Type=simple` has no socket for notices. `None` if systemd named no process.
+/// Returns whether systemd 248 or later has started this process, as a service of any type: a unit
+/// of `Type=simple` has no socket for notices. `None` if systemd named no process.
 pub fn is_named_by_manager() -> Option<bool> {
     let started = std::env::var("SYSTEMD_EXEC_PID").ok()?;
     Some(started == std::process::id().to_string())
