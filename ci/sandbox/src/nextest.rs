@@ -196,7 +196,10 @@ fn skipped(command: &Command) -> Result<usize> {
             word.to_owned()
         }
     };
-    let mut words = command.get_args();
+    // `list` does not know the option of `run`.
+    let mut words = command
+        .get_args()
+        .filter(|word| !word.as_encoded_bytes().starts_with(b"--failure-output"));
     list.args(words.by_ref().take(2).map(changed)).args(words);
     list.args(["--run-ignored=only", "--message-format=json"]);
     for (name, value) in command.get_envs() {
