@@ -46,7 +46,7 @@ pub fn echo(
         };
         missed = missed.saturating_add(gap);
         let sent = skipped.and_then(|()| match kind {
-            // A sender that drops waits a moment before it drops the begin or the end.
+            // A sender that drops waits a moment before it drops the beginning or the end.
             Kind::BEGIN | Kind::END => mark(&mut sender, kind, timeout),
             _ => put(&mut sender, kind, &bytes, timeout)
                 .map(|sent| dropped += u64::from(sent == Sent::Dropped)),
