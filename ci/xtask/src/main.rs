@@ -49,7 +49,7 @@ enum Task {
     Driver(ToolArgs),
     /// Show what barlink does, with a real guest
     Demo(DemoArgs),
-    /// Test every behaviour once, over each transport, in about twelve minutes
+    /// Test every behaviour once, over each transport, in about 14 minutes
     Test(TestArgs),
     /// Repeat, break and fuzz for as long as you like: long loops, crashes, fuzzing, packages, the
     /// bench, mutations
