@@ -441,7 +441,7 @@ mod tests {
             values.flat_map(|(_, value)| value.split(' ')).collect()
         };
         let before = named("Before");
-        // VMs of libvirt are scopes in machine.slice, which end after the daemons.
+        // libvirt runs its VMs as scopes in machine.slice. They end after libvirt's daemons.
         for unit in [
             "machine.slice",
             "libvirtd.service",
@@ -453,7 +453,7 @@ mod tests {
                 assert!(!named(key).contains(&unit), "{key}={unit}");
             }
         }
-        // Without these, systemd starts it late, or ends it early or not at all.
+        // Without these properties, systemd starts the broker late, or ends it early or not at all.
         assert!(named("DefaultDependencies").is_empty());
         assert_eq!(named("WantedBy"), ["multi-user.target"]);
     }
