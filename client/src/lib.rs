@@ -27,10 +27,10 @@
 //! ```
 
 mod claim;
-// The broker answers the same messages, and its tests send them.
+// Public because the broker answers the same messages, and its tests send them.
 #[doc(hidden)]
 pub mod control;
-// The broker passes descriptors to VMs by the same calls.
+// Public because the broker passes descriptors to VMs by the same calls.
 #[doc(hidden)]
 pub mod descriptors;
 mod doorbell;
@@ -39,13 +39,13 @@ mod error_kind;
 mod event_error;
 pub mod guest;
 pub mod host;
-// The broker keeps the layout of its region in the same way.
+// Public because the broker stores the layout of its region in the same way.
 #[doc(hidden)]
 pub mod layouts;
-// The broker maps the same memory.
+// Public because the broker maps the same memory.
 #[doc(hidden)]
 pub mod memory;
-// The broker rings the same eventfds.
+// Public because the broker rings the same eventfds.
 #[doc(hidden)]
 pub mod notifier;
 mod options;
@@ -194,7 +194,7 @@ pub use barlink_protocol::wire::layout::Name;
 pub use barlink_protocol::wire::layout::Policy;
 pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
 pub use claim::{Held, NoConsumer, NotHere};
-// The bench and tests of the broker measure and drive the ring without the library around it.
+// Public because the bench, and tests of the broker, use the ring without the library around it.
 #[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error};
