@@ -82,11 +82,11 @@ pub struct Region<M> {
 #[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelFence {
-    /// A producer's, behind its limit.
+    /// The fence of a producer between its limit and its data.
     Limit,
-    /// A tap's, behind a copy.
+    /// The fence of a tap between its copy and its look at the limit.
     Copy,
-    /// A tap's, behind a commit note.
+    /// The fence of a tap between its loads of a commit note and its second look at the cursor.
     Note,
 }
 

@@ -248,8 +248,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
 
     /// Reads the newest commit. `None` if another commit or a reset came meanwhile, or if a former
     /// producer wrote a note after a reset.
-    // As few loads as possible between those of `written`: over noncached memory each one takes as
-    // long as a producer with cached memory needs for a record.
+    // There are as few loads as possible between those of `written`, because over noncached memory
+    // each load takes as long as a producer with cached memory takes for a record.
     fn newest_commit(&self) -> Option<Commit> {
         let load = |offset| self.region.load(self.base + offset);
         // SYNC: committed; pairs with the Release store in `Producer::publish`.

@@ -43,7 +43,7 @@ impl Packets {
     }
 }
 
-/// Knowledge of the bytes that a source has.
+/// What is known about the bytes that a source has now.
 #[derive(Debug)]
 enum Known {
     /// A regular file had so many bytes from its position on that were not read since. It can have
