@@ -282,8 +282,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Calls everything that can be called on memory: `madvise`, `msync`, `mlock`, `mincore`. The
-    /// results do not matter.
+    /// Makes all system calls that take a range of memory: `madvise`, `msync`, `mlock`, `mincore`.
+    /// The results do not matter.
     pub(crate) fn treat_as_memory(&self) {
         let (start, length) = (self.start, self.length);
         for advice in [
