@@ -169,8 +169,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.producer.drop_record();
     }
 
-    /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
-    /// space even if this end drops, and even while the other end leaves and comes back. `None` at
+    /// Reserves room for a record with `length` bytes of payload, to be filled in place. Waits for
+    /// room even if this end drops, and even while the other end leaves and comes back. `None` at
     /// the timeout; without a `timeout` the wait has no limit.
     pub fn reserve(
         &mut self,
@@ -186,7 +186,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         }))
     }
 
-    /// Copies a record into the channel and commits it. Waits for space until the timeout, or
+    /// Copies a record into the channel and commits it. Waits for room until the timeout, or
     /// without a limit if `timeout` is `None`. If this end drops, it does not wait: when the
     /// channel is full, it counts the record and drops it.
     pub fn send(
@@ -221,7 +221,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Copies a record into the channel as [`Sender::send`] does, and stages it. The consumer sees
-    /// it after [`Sender::publish`], or once the channel has no space for a further record; in an
+    /// it after [`Sender::publish`], or once the channel has no room for a further record; in an
     /// `overwrite` channel once the staged records and a further one would take more than a quarter
     /// of the capacity. If this process ends before that, the record is lost. `stamp` is the time
     /// stamp of the record: nanoseconds of this side's monotonic clock, or a [`Stamp`]. One call of
@@ -282,7 +282,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Finds the place for a record with `length` bytes of payload. `wait` is `None` to return at
-    /// once if there is no space, otherwise the timeout of the wait.
+    /// once if there is no room, otherwise the timeout of the wait.
     // Several calls of a sender begin with it, and a call of its own costs each record 70
     // instructions.
     #[inline(always)]
@@ -338,7 +338,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 }
 
-/// Space for a record in the region. Dropping it leaves the channel unchanged.
+/// Room for a record in the region. Dropping it leaves the channel unchanged.
 #[derive(Debug)]
 pub struct SenderReservation<'a, M, E> {
     reservation: Reservation<'a, M>,
@@ -351,7 +351,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
         self.link.events()
     }
 
-    /// Returns the bytes of payload that the reservation has space for.
+    /// Returns the bytes of payload that the reservation has room for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
     }
@@ -387,7 +387,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than the reserved space.
+    /// Panics if `length` is more than the reserved room.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
         let time = self.link.time();
         self.commit_at(kind, length, time.into())
@@ -397,7 +397,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than the reserved space.
+    /// Panics if `length` is more than the reserved room.
     pub fn commit_at(
         self,
         kind: Kind,
@@ -503,7 +503,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         timeout: Option<Duration>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
         // Records behind this end can fill the channel until they are released, so that the
-        // producer has no space for the next one.
+        // producer has no room for the next one.
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
@@ -531,7 +531,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     }
 
     /// Releases the record that [`Receiver::wait`] found and all records that this end advanced
-    /// beyond, so that the producer can use their space. Rings the producer if it waits for space.
+    /// beyond, so that the producer can use their room. Rings the producer if it waits for room.
     /// A record that is not released is found again, after a crash by the next consumer.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;

@@ -121,7 +121,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Releases the record that [`Consumer::poll`] found and all records that this end advanced
-    /// beyond, so that the producer can use their space. Returns whether the producer must be rung.
+    /// beyond, so that the producer can use their room. Returns whether the producer must be rung.
     /// Does nothing if there are no such records. The error says that this end was detached, and
     /// that the records may have been overwritten while it read them.
     pub fn release(&mut self) -> Result<Notify, Reset> {

@@ -189,7 +189,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         self.unused.wrapping_sub(self.first)
     }
 
-    /// Reserves space for a record with `length` bytes of payload. The caller fills it in place,
+    /// Reserves room for a record with `length` bytes of payload. The caller fills it in place,
     /// and commits or stages it. Dropping the reservation leaves the channel unchanged.
     pub fn reserve(&mut self, length: usize) -> Result<Reservation<'_, M>, ReserveError> {
         let place = self.find_room(length)?;
@@ -473,7 +473,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 }
 
-/// Space for a record in the region. The record is filled in place.
+/// Room for a record in the region. The record is filled in place.
 #[derive(Debug)]
 pub struct Reservation<'a, M> {
     producer: &'a mut Producer<M>,
@@ -485,7 +485,7 @@ pub struct Reservation<'a, M> {
 }
 
 impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
-    /// Returns the bytes of payload that the reservation has space for.
+    /// Returns the bytes of payload that the reservation has room for.
     pub fn length(&self) -> u32 {
         self.length
     }

@@ -18,19 +18,19 @@ use crate::link::Events;
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 
-/// Time for which a sender that drops waits for space for the beginning or the end of a stream.
+/// Time for which a sender that drops waits for room for the beginning or the end of a stream.
 const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends a stream of all bytes that `source` has, in records of at most `scratch.len()` bytes. All
 /// records but the first are filled in place. A sender that drops reads into `scratch` first, as
 /// does a sender whose source cannot be read into the region.
 ///
-/// Space is reserved only for bytes that the source has, so that a source that is slow or at its
+/// Room is reserved only for bytes that the source has, so that a source that is slow or at its
 /// end does not move the limit of the channel beyond bytes that taps still read.
 ///
-/// A sender that drops waits for a second at most for space for the end of the stream. If there is
+/// A sender that drops waits for a second at most for room for the end of the stream. If there is
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
-/// of the stream found space, it is [`StreamError::BeginDropped`].
+/// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
 /// A socket that passes messages is no source: the result is [`StreamError::Read`].
 pub fn send<M, E>(
