@@ -47,6 +47,25 @@ pub enum Sent {
 }
 
 /// The producer's end of a channel.
+///
+/// ```
+/// use std::ops::Deref;
+/// use std::time::Duration;
+///
+/// use barlink_protocol::cursor::Kind;
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Sender, Sent};
+///
+/// /// Sends a reading. Returns whether the channel had room for it within 10 ms.
+/// fn send<M, E>(sender: &mut Sender<M, E>, reading: f64) -> Result<bool, ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     let timeout = Some(Duration::from_millis(10));
+///     let sent = sender.send(Kind::USER, &reading.to_le_bytes(), timeout)?;
+///     Ok(sent == Sent::Committed)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Sender<M, E> {
     producer: Producer<M>,
@@ -57,6 +76,11 @@ pub struct Sender<M, E> {
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Attaches to the producer's end of the channel with this index, where the last producer
     /// stopped. The caller has claimed the end.
+    ///
+    /// # Errors
+    ///
+    /// The layout has no channel with this index, the words of the channel contradict each other, a
+    /// reset of it is under way, or `events` cannot ring.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -172,6 +196,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Reserves room for a record with `length` bytes of payload, to be filled in place. Waits for
     /// room even if this end drops, and even while the other end leaves and comes back. `None` at
     /// the timeout; without a `timeout` the wait has no limit.
+    ///
+    /// # Errors
+    ///
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt or was reset, or a
+    /// call of [`Events`] failed.
     pub fn reserve(
         &mut self,
         length: usize,
@@ -189,6 +218,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Copies a record into the channel and commits it. Waits for room until the timeout, or
     /// without a limit if `timeout` is `None`. If this end drops, it does not wait: when the
     /// channel is full, it counts the record and drops it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::reserve`].
     pub fn send(
         &mut self,
         kind: Kind,
@@ -237,6 +270,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Commits all staged records at once, and rings the consumer if it waits for them.
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset, so that the records may not be in it; or a call of [`Events`] failed.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let notify = self.producer.publish()?;
@@ -339,6 +376,29 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
 }
 
 /// Room for a record in the region. Dropping it leaves the channel unchanged.
+///
+/// ```
+/// use std::ops::Deref;
+///
+/// use barlink_protocol::cursor::Kind;
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Sender};
+///
+/// /// Sends a vector of numbers, which it writes in place.
+/// fn send<M, E>(sender: &mut Sender<M, E>, numbers: &[f64]) -> Result<(), ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     if let Some(mut room) = sender.reserve(8 * numbers.len(), None)? {
+///         for (index, number) in (0..).zip(numbers) {
+///             room.write(8 * index, &number.to_le_bytes());
+///         }
+///         let length = room.length();
+///         room.commit(Kind::USER, length)?;
+///     }
+///     Ok(())
+/// }
+/// ```
 #[derive(Debug)]
 pub struct SenderReservation<'a, M, E> {
     reservation: Reservation<'a, M>,
@@ -415,6 +475,28 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
 }
 
 /// The consumer's end of a channel.
+///
+/// ```
+/// use std::ops::Deref;
+///
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Wakeup};
+///
+/// /// Receives the next record, however long it takes.
+/// fn receive<M, E>(receiver: &mut Receiver<M, E>) -> Result<Vec<u8>, ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     while receiver.wait(None)? != Wakeup::Ready {}
+///     let mut bytes = Vec::new();
+///     if let Some(record) = receiver.record() {
+///         bytes.resize(record.length(), 0);
+///         record.copy_to(0, &mut bytes);
+///     }
+///     receiver.release()?;
+///     Ok(bytes)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Receiver<M, E> {
     consumer: Consumer<M>,
@@ -424,6 +506,10 @@ pub struct Receiver<M, E> {
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Attaches to the consumer's end of the channel with this index, where the last consumer
     /// stopped: at the first record that was not released. The caller has claimed the end.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::attach`], and the channel has no consumer.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -487,6 +573,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
     /// record first, so that the records of a producer that left are received before its departure.
     /// Before it waits, it releases the records that it advanced beyond.
+    ///
+    /// # Errors
+    ///
+    /// The channel is corrupt or was reset, or a call of [`Events`] failed.
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         self.link.check()?;
@@ -533,6 +623,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Releases the record that [`Receiver::wait`] found and all records that this end advanced
     /// beyond, so that the producer can use their room. Rings the producer if it waits for room.
     /// A record that is not released is found again, after a crash by the next consumer.
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset, and the records may have been overwritten while they were read; or a
+    /// call of [`Events`] failed.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let notify = self.consumer.release()?;

@@ -33,6 +33,26 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 /// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
 /// A socket that passes messages is no source: the result is [`StreamError::Read`].
+///
+/// ```
+/// use std::fs::File;
+/// use std::ops::Deref;
+/// use std::os::fd::AsRawFd;
+///
+/// use barlink_protocol::stream::{self, StreamError};
+/// use barlink_protocol::{AtomicU64, Events, Sender};
+///
+/// /// Sends a file as a stream. Returns the number of bytes.
+/// fn send<M, E>(sender: &mut Sender<M, E>, file: &File) -> Result<u64, StreamError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     // As long as the longest record is to be.
+///     let mut scratch = vec![0; (1 << 16).min(sender.max_record() as usize)];
+///     Ok(stream::send(sender, file.as_raw_fd(), &mut scratch, &mut ())?.bytes)
+/// }
+/// ```
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
