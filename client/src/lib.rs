@@ -87,6 +87,20 @@ pub use barlink_protocol::Strategy;
 /// assert_eq!(Clock::new(128), Clock::USER);
 /// ```
 pub use barlink_protocol::cursor::{Clock, Stamp};
+/// The reason why a channel cannot be used: a part of [`ChannelError`].
+///
+/// ```no_run
+/// use barlink::{ChannelError, Error, host};
+///
+/// let broker = host::connect("default")?;
+/// let mut receiver = broker.receiver("up")?;
+/// match receiver.recv() {
+///     Err(Error::Channel(ChannelError::Corrupt(fault))) => println!("empty the channel: {fault}"),
+///     Err(Error::Channel(ChannelError::Reset(reset))) => println!("claim the end anew: {reset}"),
+///     record => println!("{} bytes", record?.len()),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 pub use barlink_protocol::cursor::{Corrupt, Reset};
 /// The type of a record's content.
 ///
@@ -150,6 +164,13 @@ pub use barlink_protocol::wire::layout::Channel;
 /// ```
 pub use barlink_protocol::wire::layout::End;
 /// The error of a text that is no [`Name`].
+///
+/// ```
+/// use barlink::{InvalidName, Name};
+///
+/// let error: InvalidName = "Camera 0".parse::<Name>().unwrap_err();
+/// println!("{error}");
+/// ```
 pub use barlink_protocol::wire::layout::InvalidName;
 /// The layout of a region. [`host::Attachment::layout`] and [`guest::Device::layout`] return it.
 ///

@@ -51,6 +51,14 @@ pub enum Cache {
 
 impl Cache {
     /// All requests, in the order in which programs list them.
+    ///
+    /// ```
+    /// use barlink::guest::Cache;
+    ///
+    /// for cache in Cache::ALL {
+    ///     println!("--cache {cache}");
+    /// }
+    /// ```
     pub const ALL: &'static [Cache] = &[
         Cache::Same,
         Cache::Noncached,
