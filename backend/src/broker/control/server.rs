@@ -298,8 +298,8 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         .ok()
 }
 
-/// Returns the most access that a predecessor's host app can have from now on. One that is no
-/// longer admitted goes on with what it has.
+/// Returns the most access that a predecessor's host app can have from now on. A host app that is
+/// no longer admitted keeps the access that it has.
 fn most_access(state: &BrokerState, peer: Peer, socket: &PacketSocket) -> Access {
     let access = state.policy.access(peer, socket);
     access.unwrap_or(Access::ReadOnly)
