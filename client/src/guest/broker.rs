@@ -57,7 +57,7 @@ struct Course {
 }
 
 impl Course {
-    /// Returns what is to be done at the time `now`, if there is no answer.
+    /// Returns the next step at the time `now`, if there is no answer.
     fn step(&mut self, now: Duration) -> Step {
         let Some(first) = self.first else {
             self.first = Some(now);
@@ -235,8 +235,8 @@ impl SleepQuestions {
         });
     }
 
-    /// Does what is to be done now within a sleep. Returns the time until the next such call,
-    /// `None` if there is nothing more to do in this wait.
+    /// Does the next step of the questions within a sleep. Returns the time until the next such
+    /// call, `None` if there is nothing more to do in this wait.
     pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
         if self.is_done {
             return None;

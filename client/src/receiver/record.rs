@@ -63,7 +63,7 @@ impl Default for OwnedRecord {
     }
 }
 
-/// What dropping a record does.
+/// Effect of dropping a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AtEnd {
     /// Release it, and all that the receiver advanced over.
