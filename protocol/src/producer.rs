@@ -143,7 +143,7 @@ pub struct Producer<M> {
     /// Sequence number with which the channel began at its reset.
     first: u64,
     /// Number with which the channel began, and how many numbers no record has since then. The
-    /// number of records is what the next sequence number has beyond it.
+    /// number of records is the difference between the next sequence number and this one.
     unused: u64,
     /// Index of the older one of the two commit notes.
     older_note: usize,

@@ -129,8 +129,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         &self.memory[index(offset)]
     }
 
-    /// Loads a word that publishes other words: what was stored before its release is visible after
-    /// this load.
+    /// Loads a word that publishes other words: words that were stored before its release are
+    /// visible after this load.
     pub(crate) fn acquire(&self, offset: u64) -> u64 {
         let value = self.word(offset).load(Ordering::Acquire);
         self.copier.fence_loads();
