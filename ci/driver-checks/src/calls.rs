@@ -119,7 +119,7 @@ pub(crate) fn mount_fuse_file(server: BorrowedFd<'_>, place: &CStr) -> Result<()
     )
 }
 
-/// Unmounts what is mounted over a file.
+/// Unmounts the file system that is mounted over a file.
 pub(crate) fn unmount(place: &CStr) -> Result<()> {
     // SAFETY: The string ends with a zero byte, and the kernel only reads it.
     succeeded(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) } == 0)
