@@ -48,7 +48,7 @@ pub fn start_queued() -> io::Result<LineQueue> {
             drop::<SyncSender<()>>(confined);
             write_entries(&entries, &left_out, write_some);
         })?;
-    // The thread sends nothing: it drops its end.
+    // The thread sends nothing. It drops its end once it is confined, which ends this wait.
     let _ = is_confined.recv();
     let mut builder = builder(LevelFilter::Info, style());
     if is_journal() {
@@ -160,7 +160,7 @@ fn write_entries(
     left_out: &AtomicU64,
     mut write: impl FnMut(&[u8]) -> Result<usize, Errno>,
 ) {
-    // Whether the last line was written in part only.
+    // True if the last line was written in part only.
     let mut is_torn = false;
     let mut write_line = |mut line: Vec<u8>| {
         if is_torn {
@@ -257,7 +257,8 @@ mod tests {
         });
         let text = String::from_utf8(written).unwrap();
         let lines: Vec<_> = text.lines().collect();
-        // The second and the third line could not be written, and the first two counts could not.
+        // The disk refused the second and the third line, and the first two reports of lines left
+        // out.
         assert_eq!(lines[..4], ["one", "t", "four", "five"], "{text}");
         assert!(lines[4].contains(" 4 log lines were left out"), "{text}");
         assert_eq!(lines.len(), 5, "{text}");

@@ -19,7 +19,7 @@ use crate::doorbell::Doorbells;
 use crate::event_error::EventError;
 use crate::timer::{NOW, Timer};
 
-/// See the module.
+/// The descriptor of one end, and its state: see the head of this file.
 #[derive(Debug)]
 pub(crate) struct Readiness {
     epoll: OwnedFd,

@@ -472,12 +472,13 @@ impl AsRawFd for Tap {
     }
 }
 
-/// The time that a tap spins before it sleeps between its looks.
+/// The durations of a tap's spins. A tap spins before it sleeps between two looks.
 #[derive(Clone, Copy, Debug)]
 struct Spin {
     least: Duration,
     most: Duration,
-    /// The time of the next spin, which is longer while spinning succeeds.
+    /// The duration of the next spin. It grows while spinning finds records, and shrinks while it
+    /// does not.
     next: Duration,
 }
 

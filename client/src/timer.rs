@@ -16,7 +16,7 @@ use crate::process::Process;
 /// A time after which a timer expires at once. Zero would switch it off.
 pub(crate) const NOW: Duration = Duration::from_nanos(1);
 
-/// See the module.
+/// A timer, by its descriptor (`timerfd_create(2)`).
 #[derive(Debug)]
 pub(crate) struct Timer {
     timer: OwnedFd,

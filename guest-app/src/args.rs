@@ -86,6 +86,10 @@ impl ValueEnum for Cache {
 }
 
 const AFTER_HELP: &str = "\
+Start here:
+  barlink-guest info
+  barlink-guest recv > stream        # on the host: barlink send < stream
+
 Exit codes:
   0    success, or the reader of standard output closed it
   1    failure: the last line says what failed and what to do
@@ -146,7 +150,9 @@ pub enum Command {
     )]
     Peek(place::Peek),
     /// Write bytes into the raw window
-    #[command(after_help = "Example:\n  barlink-guest poke hello")]
+    #[command(
+        after_help = "Example:\n  barlink-guest poke hello\n  barlink-guest poke --at 4K < image.bin"
+    )]
     Poke(place::Poke),
 }
 
@@ -200,7 +206,8 @@ pub struct Echo {
 
 #[derive(Debug, Args)]
 pub struct Buffer {
-    /// Size of the buffer in bytes, in whole pages; K and M are powers of 1024
+    /// Size of the buffer, in whole pages, at most 4M: bytes, or a number with the unit K or M
+    /// (powers of 1024)
     #[arg(long, default_value = "64K", value_parser = parse_size)]
     pub size: u64,
     /// File with the content of the buffer [default: standard input]
@@ -213,7 +220,7 @@ pub struct Telemetry {
     /// Duration in seconds [default: until interrupted]
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
-    /// Records per second
+    /// Records a second
     #[arg(long, value_name = "RATE", default_value = "100", value_parser = parse_rate)]
     pub rate: f64,
     /// Name of the channel

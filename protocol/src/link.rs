@@ -15,6 +15,74 @@ use crate::sync::{AtomicU64, spin as spin_loop};
 
 /// Means of an end to ring the other end, to sleep, and to tell the time: eventfds on the host, the
 /// driver's file in a guest.
+///
+/// ```
+/// use std::convert::Infallible;
+/// use std::sync::mpsc;
+/// use std::time::{Duration, Instant};
+///
+/// use barlink_protocol::{Events, Receiver, Sender, Wakeup};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// /// Doorbells between two threads.
+/// struct Doorbells(mpsc::SyncSender<()>, mpsc::Receiver<()>, Instant);
+///
+/// impl Events for Doorbells {
+///     type Error = Infallible;
+///
+///     fn ring(&mut self) -> Result<(), Infallible> {
+///         // A ring that is pending already is enough.
+///         let _ = self.0.try_send(());
+///         Ok(())
+///     }
+///
+///     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
+///         let timeout = timeout.unwrap_or(Duration::from_secs(1));
+///         Ok(self.1.recv_timeout(timeout).is_ok())
+///     }
+///
+///     fn now(&self) -> Duration {
+///         self.2.elapsed()
+///     }
+///
+///     fn can_spin(&self) -> bool {
+///         false
+///     }
+/// }
+///
+/// let (ring_receiver, receiver_rung) = mpsc::sync_channel(1);
+/// let (ring_sender, sender_rung) = mpsc::sync_channel(1);
+/// let doorbells = Doorbells(ring_receiver, sender_rung, Instant::now());
+/// let mut sender = Sender::attach(region.clone(), &layout, 0, doorbells)?;
+/// let doorbells = Doorbells(ring_sender, receiver_rung, Instant::now());
+/// let mut receiver = Receiver::attach(region, &layout, 0, doorbells)?;
+/// let thread = std::thread::spawn(move || {
+///     // `PeerChanged` is no record: the end goes on waiting.
+///     while receiver.wait(None) != Ok(Wakeup::Ready) {}
+///     receiver.record().map(|record| record.length())
+/// });
+/// let _ = sender.send(Kind::USER, b"hello", None)?;
+/// assert_eq!(thread.join().unwrap(), Some(5));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Events {
     /// Error of a ring or a sleep.
     type Error;

@@ -82,11 +82,11 @@ pub struct Region<M> {
 #[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelFence {
-    /// A producer's, behind its limit.
+    /// The fence of a producer between its limit and its data.
     Limit,
-    /// A tap's, behind a copy.
+    /// The fence of a tap between its copy and its look at the limit.
     Copy,
-    /// A tap's, behind a commit note.
+    /// The fence of a tap between its loads of a commit note and its second look at the cursor.
     Note,
 }
 
@@ -129,8 +129,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         &self.memory[index(offset)]
     }
 
-    /// Loads a word that publishes other words: what was stored before its release is visible after
-    /// this load.
+    /// Loads a word that publishes other words: words that were stored before its release are
+    /// visible after this load.
     pub(crate) fn acquire(&self, offset: u64) -> u64 {
         let value = self.word(offset).load(Ordering::Acquire);
         self.copier.fence_loads();

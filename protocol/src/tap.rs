@@ -29,6 +29,44 @@ pub enum Sight {
 }
 
 /// A tap of a channel.
+///
+/// ```
+/// use barlink_protocol::{Sight, Tap};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let mut tap = Tap::attach(region.clone(), &channel);
+/// # let mut producer = barlink_protocol::Producer::attach(region, &channel)?;
+/// # let mut room = producer.reserve(5)?;
+/// # room.write(0, b"hello");
+/// # let _ = room.commit(Kind::USER, 5, 0)?;
+/// let mut bytes = Vec::new();
+/// while let Sight::Record(header) = tap.look() {
+///     bytes.resize(header.length as usize, 0);
+///     if tap.copy(&mut bytes) {
+///         println!("record {}, {} missed", header.sequence, tap.missed());
+///     }
+/// }
+/// assert_eq!(bytes, b"hello");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Tap<M> {
     region: Region<M>,
@@ -248,8 +286,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
 
     /// Reads the newest commit. `None` if another commit or a reset came meanwhile, or if a former
     /// producer wrote a note after a reset.
-    // As few loads as possible between those of `written`: over noncached memory each one takes as
-    // long as a producer with cached memory needs for a record.
+    // There are as few loads as possible between those of `written`, because over noncached memory
+    // each load takes as long as a producer with cached memory takes for a record.
     fn newest_commit(&self) -> Option<Commit> {
         let load = |offset| self.region.load(self.base + offset);
         // SYNC: committed; pairs with the Release store in `Producer::publish`.

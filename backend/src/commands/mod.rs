@@ -92,7 +92,8 @@ fn look(which: &Which) -> Option<Attachment> {
 ///
 /// # Errors
 ///
-/// The region has no broker any more, and what was sent was not received (`wait_until_received`).
+/// The region has no broker any more, and no program received the records or bytes
+/// (`wait_until_received`).
 fn confirm(broker: &Attachment, which: &Which, channel: Option<&str>) -> Result<()> {
     let mut connection = [PollFd::new(broker, PollFlags::RDHUP)];
     let is_connected = matches!(poll(&mut connection, Some(&Timespec::default())), Ok(0));

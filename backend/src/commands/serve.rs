@@ -121,7 +121,7 @@ fn run(args: Serve) -> Result<()> {
     let inheritance = if replace && inherited.is_empty() {
         let asked = Predecessor::ask(&config.control);
         if let Err(ControlError::NoBrokerToReplace { path }) = &asked {
-            // A broker can be there all the same.
+            // A broker can listen there although its socket has lost its file.
             Listener::check_reachable(path).map_err(BrokerError::from)?;
         }
         let mut asked = asked?;

@@ -142,7 +142,7 @@ impl Manager {
     pub fn flush(&self) {
         while !self.queue.lock().waiting.is_empty() {
             let mut room = [PollFd::new(&self.socket, PollFlags::OUT)];
-            // An error here is one of sending, too.
+            // An error of this call is ignored, because sending then fails with it as well.
             let _ = rustix::event::poll(&mut room, None);
             self.send_waiting(&mut self.queue.lock());
         }
@@ -150,8 +150,8 @@ impl Manager {
 
     /// Sends or queues a message, and does not wait for the manager.
     pub fn notify(&self, notice: Notice) {
-        // Dropped after the lock of the queue: the last descriptor of a large file is slow to
-        // close.
+        // These are dropped after the lock of the queue is released, because the last descriptor of
+        // a large file is slow to close.
         let _removed: VecDeque<_>;
         let mut queue = self.queue.lock();
         if let Notice::Remove(name) = &notice {
@@ -267,7 +267,7 @@ mod tests {
         let inherited = BTreeSet::from(["inherited".to_owned()]);
         let manager = Manager::at(socket, inherited);
         let file: Stored = Arc::new(std::fs::File::open("/dev/null").unwrap());
-        // Until the socket takes no more.
+        // Fills the socket.
         let mut sent = 0;
         while manager.queue.lock().waiting.is_empty() {
             manager.notify(Notice::Store(format!("first-{sent}"), Arc::clone(&file)));
@@ -275,8 +275,8 @@ mod tests {
         }
         let copies = Arc::strong_count(&file);
         for turn in 0..1000 {
-            // As an interrupt's eventfds are stored, under two names by turns; a file under ever
-            // new names; and an inherited name.
+            // The three cases are two names in turn, as for the eventfds of an interrupt; a new
+            // name each time, as for the files of guest memory; and a name that was inherited.
             for name in [
                 format!("name-{}", turn % 2),
                 format!("file-{turn}"),

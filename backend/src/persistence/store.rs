@@ -91,13 +91,14 @@ impl DescriptorStore {
         let notice = Notice::Store(name.clone(), Arc::clone(&descriptor));
         self.notify(&name, notice);
         let before = self.stored.lock().insert(name, descriptor);
-        // Dropped without the lock: a descriptor can be slow to close.
+        // The old descriptor is dropped after the lock is released, because it can be slow to
+        // close.
         drop(before);
     }
 
     /// Removes a descriptor. Does not wait for the service manager.
     pub fn remove(&self, name: &str) {
-        // Dropped at the end, without the lock.
+        // This is dropped at the end, after the lock is released.
         let removed = self.stored.lock().remove(name);
         if removed.is_some() {
             self.remove_of_predecessor(name);
@@ -141,7 +142,7 @@ pub fn inherited() -> io::Result<Inheritance> {
             );
             continue;
         }
-        // The newest of a name comes first, and is the valid one.
+        // Of several descriptors with one name, the newest comes first. It is the valid one.
         inheritance.entry(name).or_insert(descriptor);
     }
     if !inheritance.is_empty() && !inheritance.contains_key(name::STATE) {
@@ -157,7 +158,7 @@ pub fn inherited() -> io::Result<Inheritance> {
 fn discard(inheritance: Inheritance) {
     let manager = Manager::connect(inheritance.keys().cloned().collect());
     for (name, descriptor) in inheritance {
-        // Each call fails for the kinds of descriptors that it is not for.
+        // The first call is for locks, the second one for sockets. Each fails for the other kind.
         let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
         let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
         if let Some(manager) = &manager {

@@ -531,7 +531,7 @@ fn disconnected_app_keeps_its_claims() {
     wait_until("its end is free", || receiver_of().is_none());
 }
 
-/// A broker that lives is not said to have ended.
+/// A command does not report that a broker has ended if it lives.
 #[test]
 fn disconnected_tap_tells_closed_connection() {
     let broker = Broker::start(&[]);

@@ -73,7 +73,8 @@ fn low_limits_are_named_with_their_cures() {
     for (limit, parts) in [
         ("-n 20", ["on open files, 20,", "ulimit -n 518"]),
         ("-f 1000", ["on the size of files,", "ulimit -f unlimited"]),
-        // The program has room until it serves. A debug build is larger than a release build.
+        // This limit lets the program start, also in a debug build, which is larger. The memory of
+        // the region does not fit.
         (
             "-v 200000",
             ["on address space, 204800000,", "smaller --size"],

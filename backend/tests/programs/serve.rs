@@ -34,7 +34,7 @@ fn refuses_sizes_that_no_bar_can_have() {
             "take --size 64M or 128M",
         ],
     );
-    // A rounded size can be a power of two.
+    // Rounded to MiB, this size would read as a power of two, so the error has the bytes.
     fails(
         &mut serve("1048577"),
         2,

@@ -185,7 +185,7 @@ fn reader_taps_and_changes_nothing() {
     for args in changes {
         fails(as_nobody(&mut broker.app(args)), 1, &refused);
     }
-    // A guest's memory is its owner's.
+    // Only the broker's own user and root may read a guest's memory.
     let peek = ["peek", "--guest", "0", "--length", "8"];
     fails(
         as_nobody(&mut broker.app(&peek)),

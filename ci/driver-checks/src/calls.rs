@@ -119,7 +119,7 @@ pub(crate) fn mount_fuse_file(server: BorrowedFd<'_>, place: &CStr) -> Result<()
     )
 }
 
-/// Unmounts what is mounted over a file.
+/// Unmounts the file system that is mounted over a file.
 pub(crate) fn unmount(place: &CStr) -> Result<()> {
     // SAFETY: The string ends with a zero byte, and the kernel only reads it.
     succeeded(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) } == 0)
@@ -282,8 +282,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Calls everything that can be called on memory: `madvise`, `msync`, `mlock`, `mincore`. The
-    /// results do not matter.
+    /// Makes all system calls that take a range of memory: `madvise`, `msync`, `mlock`, `mincore`.
+    /// The results do not matter.
     pub(crate) fn treat_as_memory(&self) {
         let (start, length) = (self.start, self.length);
         for advice in [

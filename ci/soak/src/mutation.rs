@@ -76,7 +76,7 @@ pub const ALL: [Mutation; 7] = [
     },
     Mutation {
         name: "guest-does-not-ring",
-        about: "a guest app does not ring the host",
+        about: "a guest program does not ring the host",
         seconds: 150,
         file: "client/src/guest/events.rs",
         from: "calls::ring(&self.file, self.other).map_err(",

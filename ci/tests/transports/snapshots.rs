@@ -37,7 +37,7 @@ fn add_disk(broker: &Broker, vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command of QEMU's monitor, and returns what it prints: nothing on success.
+/// Runs a command of QEMU's monitor, and returns its output, which is empty on success.
 fn monitor(vm: &Vm, command: &str) -> Result<String> {
     let arguments = json!({ "command-line": command });
     let printed = vm.qmp("human-monitor-command", &arguments)?;

@@ -286,7 +286,7 @@ impl Bare {
         self.finish().map(drop)
     }
 
-    /// Begins the same. [`Bare::finish`] waits for its end.
+    /// Begins the writes of [`Bare::repeat`]. [`Bare::finish`] waits for their end.
     pub fn begin_repeat(&mut self, address: u64, value: u32, times: u64) -> Result<()> {
         self.begin(&format!("repeat {address:#x} {value:#x} {times}"))
     }

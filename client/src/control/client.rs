@@ -220,14 +220,15 @@ impl Connection {
         }
     }
 
-    /// Notes that the answer to a request will come late. A claim of which the caller does not
-    /// learn is returned.
+    /// Notes that the answer to a request will come late. If the request is a claim, releases it,
+    /// because the caller will not learn that it was granted.
     fn expect_late(&mut self, request: &Packet) {
         self.late += 1;
         let Some((channel, end)) = request.claims else {
             return;
         };
-        // The broker refuses an end that is held, and would take a release for that of its holder.
+        // The broker refuses to claim an end that this connection holds. A release would then end
+        // the claim that is in use.
         if self.held.contains(&(channel, end)) {
             return;
         }
@@ -327,9 +328,9 @@ impl Control {
     }
 
     /// Sends a request, and waits for the answer and its descriptors. If the answer does not come
-    /// in time, the next request waits for it first; a claim is returned meanwhile, because the
-    /// caller does not know of it. After an invalid answer, or if no end is held, the connection
-    /// takes no more requests.
+    /// in time, the next request waits for it first. A claim whose answer is late is released,
+    /// because the caller does not know whether it was granted. After an invalid answer, or if no
+    /// end is held, the connection takes no more requests.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         self.ask_until(ask, None)
     }
@@ -371,13 +372,14 @@ impl Control {
             }
         }
         connection.answered = true;
-        // A refused release was of an end that was not held.
+        // The broker refuses a release only of an end that is not held.
         if !matches!(outcome, Err(ControlError::Refused(_))) {
             connection.held.retain(|end| Some(*end) != releases);
         }
         match &outcome {
             Ok((Answer::Claimed, _)) => connection.held.extend(request.claims),
-            // A connection that the broker closed needs no further care.
+            // After these outcomes, the connection can be used further, or the broker has closed
+            // it.
             Ok(_)
             | Err(
                 ControlError::Refused(_)
@@ -413,7 +415,7 @@ impl Control {
     }
 
     /// Returns the error for a broker that has answered before, and then closed the connection. A
-    /// process that returns an end does not wait to learn whether the broker lives.
+    /// process that releases an end does not wait to learn whether the broker lives.
     fn disconnected(&self, releases: bool) -> ControlError {
         let path = self.path.clone();
         let lives = || {
@@ -434,7 +436,7 @@ impl Control {
         request: &Packet,
         deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        // A process that returns an end does not wait for answers that it does not need.
+        // A process that releases an end does not wait for answers that it does not need.
         let is_late = request.releases.is_some() && connection.late > 0;
         let deadline = if is_late { Instant::now() } else { deadline };
         while connection.late > 0 {

@@ -113,8 +113,8 @@ impl PacketSocket {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Ends the connection for the other side's receiving. What it sends can still be received, and
-    /// so can its end.
+    /// Tells the other side that no more packets follow. This side still receives the packets of
+    /// the other one, and the end of the connection.
     pub fn stop_sending(&self) {
         // A failure means that the connection has ended already.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);

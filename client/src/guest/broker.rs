@@ -57,7 +57,7 @@ struct Course {
 }
 
 impl Course {
-    /// Returns what is to be done at the time `now`, if there is no answer.
+    /// Returns the next step at the time `now`, if there is no answer.
     fn step(&mut self, now: Duration) -> Step {
         let Some(first) = self.first else {
             self.first = Some(now);
@@ -76,7 +76,7 @@ impl Course {
     }
 }
 
-/// The means to ask, which a device and its ends share.
+/// Asks whether the broker is alive. A device and its ends share this value.
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
     file: Arc<File>,
@@ -104,7 +104,7 @@ impl Unanswered {
 }
 
 impl Asker {
-    /// Creates the means to ask by a file that is open for writing, for the device of a slot.
+    /// Creates an asker for the device of a slot. The file must be open for writing.
     pub(crate) fn new(file: Arc<File>, region: RingRegion, layout: &Layout, slot: u32) -> Self {
         let page = layout.presence_page(layout.host());
         let is_mapped = page + PAGE_SIZE <= region.size();
@@ -235,8 +235,8 @@ impl SleepQuestions {
         });
     }
 
-    /// Does what is to be done now within a sleep. Returns the time until the next such call,
-    /// `None` if there is nothing more to do in this wait.
+    /// Does the next step of the questions within a sleep. Returns the time until the next such
+    /// call, `None` if there is nothing more to do in this wait.
     pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
         if self.is_done {
             return None;

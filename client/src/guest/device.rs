@@ -57,7 +57,7 @@ pub struct Device {
     slot: u32,
     layouts: Layouts,
     choice: Option<Choice>,
-    /// The means to ask for the broker, with a file that is open for writing.
+    /// Asks whether the broker is alive, if the device is open for writing.
     asker: Option<Asker>,
 }
 
@@ -504,7 +504,7 @@ impl sealed::Side for Device {
         let known = find(self.layouts.latest(), name);
         known.or_else(|unknown| match self.refresh() {
             Err(Error::Device(DeviceError::Table { path })) => {
-                // The entries before the one that was not taken are there.
+                // The driver has taken the entries before the invalid one.
                 let table = Error::Device(DeviceError::Table { path });
                 find(self.layouts.latest(), name).map_err(|_| table)
             }

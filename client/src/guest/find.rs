@@ -42,8 +42,8 @@ fn nodes(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Chooses the device whose driver gave this name. If there is none, an error of a device that
-/// could have been it comes first.
+/// Chooses the device whose driver gave this name. If there is none, the error of a device that
+/// could not be asked comes first, because it could be the one.
 fn choose(
     name: &str,
     answers: impl Iterator<Item = (Result<BrokerName, DeviceError>, PathBuf)>,
@@ -53,7 +53,7 @@ fn choose(
         match answer {
             Ok(other) if other.as_str() == name => found.push(node),
             Ok(other) => others.push(other.to_string()),
-            // A device that goes meanwhile is not the one.
+            // A device that has gone since its node was listed cannot be opened anyway.
             Err(DeviceError::NoDevice { .. }) => (),
             Err(error) => failed = failed.or(Some(error)),
         }

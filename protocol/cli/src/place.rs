@@ -19,7 +19,8 @@ use crate::standard::{input, print, read_all};
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Place {
-    /// Offset in the raw window, in bytes
+    /// Offset in the raw window: bytes, a number with the unit K, M or G (powers of 1024), or 0x
+    /// and hexadecimal digits
     #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_offset)]
     pub at: u64,
     /// Count OFFSET from the region's start instead
@@ -31,7 +32,7 @@ pub struct Place {
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Peek {
-    /// Number of bytes
+    /// Number of bytes, or a number with the unit K, M or G (powers of 1024)
     #[arg(long, default_value = "256", value_parser = parse_size)]
     pub length: u64,
     /// Print the bytes themselves instead of a hex dump

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sizes and offsets on the command line, in bytes.
+//! Sizes and offsets on the command line, in bytes, and times.
 
 use std::fmt::{Display, Formatter};
 use std::time::Duration;

@@ -28,8 +28,9 @@ const RECORD_SIZE: u64 = 1 << 20;
 pub struct Send {
     /// File to send [default: standard input]
     pub file: Option<PathBuf>,
-    /// Maximum size of a record in bytes, at most half of the channel's size, or a quarter if it
-    /// overwrites, less 24 bytes [default: 1M, or the channel's maximum if that is less]
+    /// Maximum size of a record: bytes, or a number with the unit K, M or G (powers of 1024). At
+    /// most half of the channel's size, or a quarter if it overwrites, less 24 bytes [default: 1M,
+    /// or the channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
     /// End if the channel has no room for a record for so long: seconds, or a number with the unit

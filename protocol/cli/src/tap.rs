@@ -170,7 +170,7 @@ impl Copied {
         })
     }
 
-    /// Says what is missing in a stream that the user accepts all the same.
+    /// Reports the missing parts of a stream that the user accepts all the same.
     fn print_missing(&self) {
         // Errors of these writes are ignored because standard error may be closed.
         let mut stderr = io::stderr();

@@ -27,6 +27,29 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// `position` is within one or `accept` permits another. A record that is not of the stream stays
 /// in the channel. At the end, also after an error, closes a copy of `target`, because a file can
 /// report a write error as late as that.
+///
+/// ```
+/// use std::fs::File;
+/// use std::ops::Deref;
+/// use std::os::fd::AsRawFd;
+///
+/// use barlink_protocol::stream::{self, Accept, Position, StreamError};
+/// use barlink_protocol::{AtomicU64, Events, Receiver};
+///
+/// /// Receives a stream into a file. Returns the number of bytes.
+/// fn receive<M, E>(
+///     receiver: &mut Receiver<M, E>,
+///     file: &File,
+/// ) -> Result<u64, StreamError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     let (accept, mut position) = (Accept::default(), Position::new(None));
+///     let fd = file.as_raw_fd();
+///     Ok(stream::receive(receiver, fd, accept, &mut position, &mut ())?.bytes)
+/// }
+/// ```
 pub fn receive<M, E>(
     receiver: &mut Receiver<M, E>,
     target: c_int,

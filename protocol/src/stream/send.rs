@@ -18,21 +18,41 @@ use crate::link::Events;
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 
-/// Time for which a sender that drops waits for space for the beginning or the end of a stream.
+/// Time for which a sender that drops waits for room for the beginning or the end of a stream.
 const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends a stream of all bytes that `source` has, in records of at most `scratch.len()` bytes. All
 /// records but the first are filled in place. A sender that drops reads into `scratch` first, as
 /// does a sender whose source cannot be read into the region.
 ///
-/// Space is reserved only for bytes that the source has, so that a source that is slow or at its
+/// Room is reserved only for bytes that the source has, so that a source that is slow or at its
 /// end does not move the limit of the channel beyond bytes that taps still read.
 ///
-/// A sender that drops waits for a second at most for space for the end of the stream. If there is
+/// A sender that drops waits for a second at most for room for the end of the stream. If there is
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
-/// of the stream found space, it is [`StreamError::BeginDropped`].
+/// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
 /// A socket that passes messages is no source: the result is [`StreamError::Read`].
+///
+/// ```
+/// use std::fs::File;
+/// use std::ops::Deref;
+/// use std::os::fd::AsRawFd;
+///
+/// use barlink_protocol::stream::{self, StreamError};
+/// use barlink_protocol::{AtomicU64, Events, Sender};
+///
+/// /// Sends a file as a stream. Returns the number of bytes.
+/// fn send<M, E>(sender: &mut Sender<M, E>, file: &File) -> Result<u64, StreamError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     // As long as the longest record is to be.
+///     let mut scratch = vec![0; (1 << 16).min(sender.max_record() as usize)];
+///     Ok(stream::send(sender, file.as_raw_fd(), &mut scratch, &mut ())?.bytes)
+/// }
+/// ```
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,

@@ -346,7 +346,7 @@ proptest! {
                 continue;
             }
             killed += 1;
-            // The broker keeps the cursor before it uses it.
+            // The broker stores the base before the reset uses it.
             let is_kept = CURSORS.iter().any(|&offset| word(state, offset) == base.get());
             let base = Cell::new(if is_kept { base.get() } else { 0 });
             let (result, again) = reset(&Recorded::new(state.iter().copied()), LOOKS, &base);

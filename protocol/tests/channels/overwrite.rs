@@ -75,7 +75,7 @@ fn check(states: &[State]) {
 enum Call {
     /// Commits one record.
     Send(usize),
-    /// Stages so many records of this length, and commits them unless the second is false.
+    /// Stages a number of records of one length, and commits them if the flag is set.
     Batch(usize, usize, bool),
     /// Reserves room, fills it, and gives it up.
     GiveUp(usize),
@@ -193,7 +193,7 @@ fn overwriting_record_takes_quarter_at_most() {
         })
     );
     assert_eq!(span(max), CAPACITY / 4);
-    // A tap takes no larger record for one, either.
+    // The header of a larger record is not valid for a tap, either.
     let header = u64::from(Kind::USER.number()) << 32 | (u64::from(max) + 1);
     assert!(Capacity::of(&entry()).check(header, 0, CAPACITY).is_err());
 }
@@ -208,7 +208,7 @@ fn staged_records_publish_themselves_at_quarter() {
         stage(&mut producer, 232);
         let staged = number * CAPACITY / 16 - written();
         assert!(0 < staged && staged <= CAPACITY / 4, "{staged}");
-        // Four at a time, when the fifth is staged.
+        // The producer commits four records at a time, when it stages the fifth.
         assert_eq!(written(), (number - 1) / 4 * CAPACITY / 4);
     }
 }

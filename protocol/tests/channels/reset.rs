@@ -375,9 +375,9 @@ fn no_end_takes_count_of_stale_producer() {
     }
 }
 
-/// Lets a producer rest whose limit is ahead of its records, so that its next record needs no other
-/// store than that of its bytes. After a reset by force these are the place of a record of the next
-/// producer.
+/// Resets a channel by force while a producer rests whose limit is ahead of its records. For its
+/// next record the producer would store only the bytes, and by then a record of the next producer
+/// can be in their place.
 #[test]
 fn rested_producer_overwrites_no_record() {
     for staged in 0..2 {

@@ -202,8 +202,8 @@ fn copy_needs_its_fence() {
     model(|| copy_beside_producer(&region().without(ModelFence::Copy)));
 }
 
-/// Reads the note of the newest commit beside a producer, as a tap does: what it finds between two
-/// equal cursors belongs to that cursor.
+/// Reads the note of the newest commit beside a producer, as a tap does. A note that is read
+/// between two equal cursors belongs to that cursor.
 #[test]
 fn note_between_equal_cursors_is_whole() {
     model(|| {
@@ -260,7 +260,8 @@ fn reset_beside_publish_repeats_no_record() {
                 Ok(found) => assert!(!found, "a record came again"),
                 Err(error) => assert!(matches!(error, Detached::Corrupt(_))),
             },
-            // The producer's cursor went back.
+            // The former producer stored its cursor after the reset, so the new end finds the
+            // channel corrupt.
             Err(_) => (),
         }
         writer.join().unwrap();
@@ -303,8 +304,8 @@ fn reset_beside_overwriting_producer_repeats_no_record() {
     assert!(!seen.contains(&0), "{seen:?}");
 }
 
-/// Looks for the newest record beside a producer. What a tap returns is whole, and its counts are
-/// exact, wherever the producer is.
+/// Looks for the newest record beside a producer. Each record that a tap returns is whole, and its
+/// counts are exact, wherever the producer is.
 #[test]
 fn newest_record_is_whole_beside_producer() {
     static FOUND: Counter = Counter::new(0);

@@ -122,7 +122,8 @@ impl Acceptor {
             Ok(attendant) => attendant,
             Err(error) => return reject(vm, &error),
         };
-        // From here on its descriptors are closed by its own thread, or are the successor's.
+        // From here on the VM's own thread closes the descriptors that the VM sends, or a successor
+        // has them.
         if self.transport.receives_descriptors() {
             descriptors::permit(&vm);
         }
@@ -237,7 +238,7 @@ type Attendant = Sender<(Arc<UnixStream>, Session)>;
 /// Gives a VM to its thread, and to a successor.
 fn hand_to(attendant: &Attendant, vm: Arc<UnixStream>, session: Session) {
     session.store_vm(vm.clone());
-    // The thread waits for this alone, so it receives it.
+    // The thread waits for this message and for nothing else, so the message is received.
     let _ = attendant.send((vm, session));
 }
 

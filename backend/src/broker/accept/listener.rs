@@ -239,7 +239,7 @@ impl Listener {
             );
             return Self::renew(lock, &path, control, policy, kind);
         }
-        // A predecessor of another version may not have done so.
+        // A predecessor of another version may have permitted descriptors.
         descriptors::forbid(&socket);
         Ok(Listener {
             socket,
@@ -271,7 +271,7 @@ impl Listener {
 
     /// Gives the file the mode of a policy, which can differ from the predecessor's.
     pub fn apply(&self, policy: &Policy) {
-        // Each socket has a type.
+        // This call does not fail, because each socket has a type.
         let kind = rustix::net::sockopt::socket_type(&self.socket);
         let mode = mode(policy, kind.unwrap_or(SocketType::STREAM));
         match self.set_mode(mode) {
@@ -300,7 +300,7 @@ impl Listener {
         if !is_ours || metadata.permissions().mode() & 0o777 == mode {
             return Ok(());
         }
-        // The file that was examined, even if its name is another file's by now.
+        // Another file may have the name by now, so the examined file is named by its descriptor.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::fs::set_permissions(same, std::fs::Permissions::from_mode(mode))
     }
@@ -573,7 +573,7 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
     {
         return Err(SocketError::Hidden { path, setting });
     }
-    // Checked first, so that no lock is created beside another program's file.
+    // This check comes before the lock, so that no lock is created beside another program's file.
     check_reachable(&path)?;
     Ok((path, address))
 }

@@ -231,7 +231,8 @@ impl Parts {
         let region = shared_region(layout, memory, eventfds)?;
         // A predecessor may have been killed after it stored a new channel.
         table::publish(region.words(), region.layout(), 0);
-        // Last, because a predecessor continues if its successor fails.
+        // The modes are changed after all that can fail, because a predecessor continues if its
+        // successor fails.
         for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
             listener.apply(policy);
         }

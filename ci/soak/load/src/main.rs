@@ -119,7 +119,7 @@ fn open(first: &Path, second: Option<&Path>) -> Result<Device, Error> {
     }
 }
 
-/// Repeats an attempt while `passes` holds for its error.
+/// Repeats an attempt while it fails with an error that passes by itself, as `passes` tells.
 fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool) -> Result<T, X> {
     loop {
         match attempt() {

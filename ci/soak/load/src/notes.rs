@@ -39,7 +39,7 @@ pub enum Note {
     ProducerWoken,
     /// Number of the consumer's sleeps that ended by a ring.
     ConsumerWoken,
-    /// Number of rings of the process that only rings.
+    /// Number of rings that the process of the role `ringer` made.
     Rung,
 }
 

@@ -2,10 +2,9 @@
 
 //! The kinds of fault, and the transports over which each is done.
 //!
-//! A broker that is killed and never started again is not among them, because host apps can then no
-//! longer attach. Tests of their own show its effect on a VM:
-//! `stream_survives_death_of_broker` over ivshmem, and
-//! `vm_outlives_its_broker_until_it_reboots` over vfio-user.
+//! No fault kills a broker that is never started again, because host apps could then no longer
+//! attach. Tests of their own show its effect on a VM: `stream_survives_death_of_broker` over
+//! ivshmem, and `vm_outlives_its_broker_until_it_reboots` over vfio-user.
 
 use std::fmt;
 use std::ops::RangeInclusive;
