@@ -195,7 +195,11 @@ fn recv_latest_writes_newest_record() {
     let file = broker.path("kept");
     file_with(&file, b"kept");
     sender.send(Kind::END, &[]).unwrap();
-    fails(latest().arg("-o").arg(&file), 7, &["nothing moved"]);
+    let output = run(latest().arg("-o").arg(&file));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(7), "{errors}");
+    let (notice, error) = errors.split_once('\n').unwrap();
+    assert!(notice.contains("the newest record is a mark") && error.contains("nothing moved"));
     assert_eq!(std::fs::read(file).unwrap(), b"kept");
 }
 

@@ -14,6 +14,11 @@ pub(crate) fn broker_ended() {
     say("the broker has ended: attached programs go on, and no further host app can attach");
 }
 
+/// Says on standard error, once, that the newest record has no content.
+pub(crate) fn newest_is_mark() {
+    say("the newest record is a mark of a stream's begin or end: waiting for a record of data");
+}
+
 /// Says one of the texts on standard error, once.
 fn say(text: &str) {
     static SAID: Once = Once::new();
