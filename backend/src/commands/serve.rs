@@ -120,7 +120,10 @@ fn run(args: Serve) -> Result<()> {
     // Descriptors from a service manager belong to a predecessor that has ended.
     let inheritance = if replace && inherited.is_empty() {
         let asked = Predecessor::ask(&config.control);
-        if let Err(ControlError::NoBrokerToReplace { path }) = &asked {
+        if let Err(
+            ControlError::NoBrokerToReplace { path } | ControlError::NotASocket { path, .. },
+        ) = &asked
+        {
             // A broker can be there all the same.
             Listener::check_reachable(path).map_err(BrokerError::from)?;
         }

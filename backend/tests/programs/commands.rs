@@ -231,3 +231,58 @@ fn missing_passed_descriptors_are_named_with_cure() {
         fails(&mut command, 1, &[fault, "unset LISTEN_PID"]);
     }
 }
+
+/// A kernel reports such a file as a socket without a process.
+#[test]
+fn errors_name_file_instead_of_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir(path("folder")).unwrap();
+    file_with(Path::new(&path("file")), b"mine");
+    std::os::unix::fs::symlink(path("file"), path("link")).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        path("pipe"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    for (name, what) in [
+        ("folder", "a folder"),
+        ("file", "a regular file"),
+        ("pipe", "a pipe"),
+        ("link", "a symbolic link"),
+    ] {
+        let path = path(name);
+        let that = format!("no broker at {path}: that is {what}");
+        for command in [&["inspect", "--once"][..], &["recv"], &["qemu-args"]] {
+            fails(barlink(command).args(["--control", &path]), 3, &[&that]);
+        }
+        let it = format!("{path} is {what}, which is not a socket");
+        let c = folder.path().join("c.sock");
+        let c = c.to_str().unwrap();
+        for options in [
+            ["--ivshmem", c, "--control", &path],
+            ["--ivshmem", &path, "--control", c],
+            ["--vfio-user", &path, "--control", c],
+            ["--vhost-user", &path, "--control", c],
+        ] {
+            for further in [&[][..], &["--check"], &["--replace"]] {
+                // Without a predecessor, that is the fault.
+                if further == ["--replace"] && options[3] == c {
+                    continue;
+                }
+                let mut serve = barlink(["serve"]);
+                fails(serve.args(options).args(further), 1, &[&it]);
+            }
+        }
+    }
+    let below = path("file/c.sock");
+    let told = format!("{} is a regular file", path("file"));
+    let mut inspect = barlink(["inspect", "--once", "--control", &below]);
+    fails(&mut inspect, 3, &[&below, &told]);
+    let mut serve = barlink(["serve", "--ivshmem", &below, "--control", &path("c.sock")]);
+    fails(&mut serve, 1, &[&below, &told]);
+    assert_eq!(std::fs::read(path("file")).unwrap(), b"mine");
+}
