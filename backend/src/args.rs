@@ -34,15 +34,42 @@ Exit codes:
        the beginning is missing (--partial); `send` had to drop the end
   7    no record came, or there was no room for one, within --timeout
   8    the broker has ended, and no program is known to have received what was sent
-  130  interrupted by Ctrl-C; `serve` ends with 0 then";
+  130  interrupted by Ctrl-C; `serve` ends with 0 then
+
+Environment (an empty variable counts as not set):
+  RUST_LOG         lines of the log: off, error, warn, info, debug or trace. By default `serve` logs
+                   info, the other commands warn
+  RUST_LOG_STYLE   auto, always or never: colors of the log
+  NO_COLOR         no colors
+  TERM             no colors in the log of `serve` if it is dumb
+  XDG_RUNTIME_DIR  folder of the control sockets; see --name";
+
+const AFTER_SERVE: &str = "\
+Example:
+  barlink serve --ivshmem /tmp/vm.sock --size 64M \\
+      --channel camera=up,16M,drop --channel commands=down,64K
+
+Environment (an empty variable counts as not set):
+  RUST_LOG         lines of the log: off, error, warn, info (the default), debug or trace. debug adds
+                   host apps that come and go
+  RUST_LOG_STYLE   auto, always or never: colors of the log
+  NO_COLOR         no colors
+  TERM             no colors if it is dumb
+  XDG_RUNTIME_DIR  folder of the control socket; see --name
+
+Set by systemd, or by another service manager:
+  NOTIFY_SOCKET    receives notices and descriptors to store
+  FDSTORE          number of descriptors that the manager stores. 0 means that it stores none
+  LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES
+                   the stored descriptors, of a predecessor
+  SYSTEMD_EXEC_PID the process that is the service
+  MAINPID          set for a check before a reload
+  JOURNAL_STREAM   the journal, whose lines need no time";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a region to VMs and host apps, until interrupted
-    #[command(
-        after_help = "Example:\n  barlink serve --ivshmem /tmp/vm.sock --size 64M \\\n      \
-                            --channel camera=up,16M,drop --channel commands=down,64K"
-    )]
+    #[command(after_help = AFTER_SERVE)]
     Serve(Serve),
     /// Send a file or standard input to a guest
     #[command(

@@ -98,10 +98,14 @@ const PROTOCOL: Parts = &[
 ];
 
 const BACKEND: Parts = &[
+    ("environment", &[]),
     ("memory", &[]),
     ("rate_limit", &[]),
     ("socket", &["rate_limit"]),
-    ("persistence", &["memory", "rate_limit", "socket"]),
+    (
+        "persistence",
+        &["environment", "memory", "rate_limit", "socket"],
+    ),
     ("slot", &["memory", "rate_limit", "socket", "persistence"]),
     (
         "transport",
@@ -123,6 +127,7 @@ const BACKEND: Parts = &[
     (
         "broker/accept",
         &[
+            "environment",
             "rate_limit",
             "socket",
             "persistence",

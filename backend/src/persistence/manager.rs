@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::SendFlags;
 
 use super::{Stored, name};
+use crate::environment::{text, variable};
 use crate::rate_limit::{Account, NOT_STORED};
 use crate::socket::descriptors;
 
@@ -45,7 +46,7 @@ pub enum Notice {
 /// Returns whether a service manager runs this broker, and so may start it again when it ends. A
 /// program that a service has started inherits the service's environment, but is no service.
 pub fn is_a_service() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some() && is_started_by_manager()
+    variable("NOTIFY_SOCKET").is_some() && is_started_by_manager()
 }
 
 /// Returns whether this is the process that systemd has started, if systemd 248 or later names one
@@ -57,19 +58,19 @@ fn is_started_by_manager() -> bool {
 /// Returns whether systemd 248 or later has started this process, as a service of any type: a unit
 /// of `Type=simple` has no socket for notices. `None` if systemd named no process.
 pub fn is_named_by_manager() -> Option<bool> {
-    let started = std::env::var("SYSTEMD_EXEC_PID").ok()?;
+    let started = text("SYSTEMD_EXEC_PID")?;
     Some(started == std::process::id().to_string())
 }
 
 /// Returns whether a service manager stores the broker's descriptors, so that a successor receives
 /// them: `FDSTORE` is how many it would store (systemd 254 and later).
 pub fn is_managed() -> bool {
-    let room = std::env::var("FDSTORE");
-    is_a_service() && room.is_ok_and(|room| room.parse::<u64>().is_ok_and(|room| room > 0))
+    let room = text("FDSTORE").and_then(|room| room.parse::<u64>().ok());
+    is_a_service() && room.is_some_and(|room| room > 0)
 }
 
 /// A connection to the manager. There is one, made before the broker gives up the right to connect
-/// (`broker/confine.rs`), because the crate `sd-notify` connects for each message.
+/// (`broker/confine.rs`).
 pub struct Manager {
     socket: UnixDatagram,
     /// Whether the manager stores descriptors.
@@ -93,7 +94,7 @@ impl Manager {
     /// Connects to the service manager, if there is one. `present` names the descriptors that it
     /// has already stored.
     pub fn connect(present: BTreeSet<String>) -> Option<Self> {
-        let name = std::env::var_os("NOTIFY_SOCKET").filter(|_| is_a_service())?;
+        let name = variable("NOTIFY_SOCKET").filter(|_| is_a_service())?;
         let address = match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
             path => SocketAddr::from_pathname(OsStr::from_bytes(path)),

@@ -190,7 +190,10 @@ impl Slot {
         }
         // This is checked even if that process has ended, because another process may have its
         // eventfds.
-        if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed() {
+        if self.config.shares_eventfds
+            && !self.left_in_order(&occupancy)
+            && self.is_consumed(Duration::ZERO)
+        {
             return Err(Taken::Consumed { pid });
         }
         // A service manager keeps every descriptor of a name.
@@ -243,15 +246,22 @@ impl Slot {
         came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
-    /// Returns whether the kernel consumes the rings of a vector of the slot. The kernel does so
-    /// before the ring returns.
-    fn is_consumed(&self) -> bool {
-        let mut eventfds = self.region.eventfds(self.id).iter();
-        eventfds.any(|eventfd| {
+    /// Returns whether the rings of a vector of the slot, which is empty, are consumed within a
+    /// time. The kernel does so before the ring returns.
+    pub(crate) fn is_consumed(&self, within: Duration) -> bool {
+        let eventfds = self.region.eventfds(self.id).iter();
+        let rung = eventfds.filter(|eventfd| {
             eventfd.drain();
             // A ring that fails leaves nothing to read, so its success is checked as well.
-            eventfd.ring().is_ok() && eventfd.drain() == 0
-        })
+            eventfd.ring().is_ok()
+        });
+        let rung: Vec<_> = rung.collect();
+        if !within.is_zero() {
+            std::thread::sleep(within);
+        }
+        // All of them are drained.
+        let left = rung.iter().filter(|eventfd| eventfd.drain() > 0);
+        left.count() < rung.len()
     }
 
     /// Takes the slot for the VM that it had under the broker's predecessor. Returns `None` if it

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::layout::End;
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
-use super::packet::PacketSocket;
+use super::packet::{PacketSocket, kind_of_file};
 use crate::error_kind::ErrorKind;
 use crate::process::Process;
 
@@ -75,6 +76,16 @@ pub enum ControlError {
     Permission {
         /// The socket.
         path: PathBuf,
+    },
+    /// The path, or a parent of it, is a file of another kind.
+    #[error(
+        "no broker at {path}: {what}; name the broker's control socket, or start one with another path"
+    )]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+        /// The file that is there.
+        what: String,
     },
     /// The socket belongs to another program.
     #[error("{path} is not the control socket of a broker: {why}")]
@@ -162,7 +173,8 @@ impl ControlError {
         match self {
             ControlError::NoBroker { .. }
             | ControlError::NoBrokerOfName { .. }
-            | ControlError::NoBrokerToReplace { .. } => ErrorKind::NotFound,
+            | ControlError::NoBrokerToReplace { .. }
+            | ControlError::NotASocket { .. } => ErrorKind::NotFound,
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
             ControlError::NoAnswer { .. }
@@ -174,6 +186,29 @@ impl ControlError {
             ControlError::Refused(refusal) => refusal.kind(),
         }
     }
+}
+
+/// Says what a path names instead of a socket; `None` for a socket, also one that a link names, and
+/// for no file. The kernel reports such a file as a socket without a process.
+fn other_than_socket(path: &Path) -> Option<String> {
+    for (number, file) in path.ancestors().enumerate() {
+        let kind = match file.symlink_metadata() {
+            // A parent is a file.
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => continue,
+            found => found.ok()?.file_type(),
+        };
+        let target = file.metadata().ok()?.file_type();
+        let what = match kind.is_symlink() {
+            true => format!("a symbolic link to {}", kind_of_file(target)),
+            false => kind_of_file(kind).to_owned(),
+        };
+        return match number {
+            0 if target.is_socket() => None,
+            0 => Some(format!("that is {what}")),
+            _ => Some(format!("{} is {what}", file.display())),
+        };
+    }
+    None
 }
 
 /// A connection to a broker. It carries one request at a time, so threads wait for each other.
@@ -299,7 +334,10 @@ impl Control {
                     rustix::io::Errno::NOENT
                     | rustix::io::Errno::CONNREFUSED
                     | rustix::io::Errno::NOTDIR,
-                ) => ControlError::NoBroker { path },
+                ) => match other_than_socket(&path) {
+                    Some(what) => ControlError::NotASocket { path, what },
+                    None => ControlError::NoBroker { path },
+                },
                 Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
                     ControlError::Permission { path }
                 }

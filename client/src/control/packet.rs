@@ -2,8 +2,10 @@
 
 //! Packets with descriptors, over a connected `SOCK_SEQPACKET` socket.
 
+use std::fs::FileType;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,21 @@ use crate::descriptors;
 
 /// Most descriptors in one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
 pub const MAX_PACKET_DESCRIPTORS: usize = 128;
+
+/// The kind of a folder, as [`kind_of_file`] names it.
+pub const FOLDER: &str = "a folder";
+
+/// Names the kind of a file, for an error of a path that should be a socket.
+pub fn kind_of_file(kind: FileType) -> &'static str {
+    match () {
+        () if kind.is_dir() => FOLDER,
+        () if kind.is_file() => "a regular file",
+        () if kind.is_symlink() => "a symbolic link",
+        () if kind.is_socket() => "a socket",
+        () if kind.is_fifo() => "a pipe",
+        () => "a device",
+    }
+}
 
 /// One end of a control connection.
 #[derive(Debug)]

@@ -72,20 +72,12 @@ impl Device {
             let info = info(&open(node, Access::ReadOnly)?, node)?;
             Ok(info.identity().name)
         };
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let opened = Self::open_path(&by_name::find(name, ask)?, cache, access);
-            let is_other = match &opened {
-                Ok(opened) => opened.identity.name.as_str() != name,
-                Err(DeviceError::NoDevice { .. }) => true,
-                Err(_) => false,
-            };
-            // The numbers of the nodes can change between the two steps.
-            if !is_other || tries == TRIES {
-                return opened;
-            }
-        }
+        by_name::open(
+            TRIES,
+            || by_name::find(name, ask),
+            |node| Self::open_path(node, cache, access),
+            |opened| opened.identity.name.as_str() == name,
+        )
     }
 
     fn open_path(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {

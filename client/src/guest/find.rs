@@ -26,6 +26,29 @@ pub(crate) fn find(
     choose(name, answers)
 }
 
+/// Finds the device of a name and opens it, until the device that was opened has the name: the
+/// numbers of the nodes can change between the two steps.
+pub(crate) fn open<T>(
+    tries: u32,
+    find: impl Fn() -> Result<PathBuf, DeviceError>,
+    open: impl Fn(&Path) -> Result<T, DeviceError>,
+    is_named: impl Fn(&T) -> bool,
+) -> Result<T, DeviceError> {
+    let mut number = 0;
+    loop {
+        let path = find()?;
+        number += 1;
+        let is_last = number == tries;
+        match open(&path) {
+            Ok(device) if is_named(&device) => return Ok(device),
+            Ok(_) if is_last => return Err(DeviceError::Replaced { path }),
+            Err(DeviceError::NoDevice { .. }) if !is_last => (),
+            Err(error) => return Err(error),
+            Ok(_) => (),
+        }
+    }
+}
+
 /// Lists the device nodes in a folder, in the order of their numbers.
 fn nodes(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -117,6 +140,35 @@ mod tests {
         // The device that could not be asked may be the one.
         let error = chosen("c", &devices).unwrap_err();
         assert!(error.contains("no permission to open /1"), "{error}");
+    }
+
+    /// The numbers of the nodes change while a program looks.
+    #[test]
+    fn opens_no_device_of_another_name() {
+        const TRIES: u32 = 4;
+        let opened = |right: u32| {
+            let tries = std::cell::Cell::new(0);
+            let find = || Ok(PathBuf::from("/dev/barlink0"));
+            let open_next = |path: &Path| {
+                tries.set(tries.get() + 1);
+                let path = path.to_owned();
+                match tries.get() {
+                    1 => Err(DeviceError::NoDevice { path }),
+                    tries => Ok(tries == right),
+                }
+            };
+            let device = open(TRIES, find, open_next, |is_right| *is_right);
+            (device.map_err(|error| error.to_string()), tries.get())
+        };
+        assert_eq!(opened(2), (Ok(true), 2));
+        assert_eq!(opened(TRIES), (Ok(true), TRIES));
+        let (other, tries) = opened(TRIES + 1);
+        let error = other.unwrap_err();
+        assert!(
+            error.contains("/dev/barlink0 is another device by now"),
+            "{error}"
+        );
+        assert_eq!(tries, TRIES);
     }
 
     #[test]
