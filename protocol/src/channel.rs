@@ -110,7 +110,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
         let producer = Producer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events, entry.has_consumer());
+        let follows_reset = producer.follows_reset();
+        let link = Link::attach(region, words, events, entry.has_consumer(), follows_reset);
         Ok(Sender {
             producer,
             link: link.map_err(ChannelError::Events)?,
@@ -139,6 +140,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
+    }
+
+    /// Returns whether the channel was reset before this end attached. Such an end never sleeps
+    /// without a fallback poll, because an end that lives on through the reset can replace its wake
+    /// threshold. A program that waits by other means polls as well.
+    pub fn follows_reset(&self) -> bool {
+        self.link.follows_reset()
     }
 
     /// Returns the events of this end.
@@ -539,8 +547,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
         let consumer = Consumer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events, true).map_err(ChannelError::Events)?;
-        Ok(Receiver { consumer, link })
+        let follows_reset = consumer.follows_reset();
+        let link = Link::attach(region, words, events, true, follows_reset);
+        Ok(Receiver {
+            consumer,
+            link: link.map_err(ChannelError::Events)?,
+        })
     }
 
     /// Returns the presence of the other end, as last seen.
@@ -552,6 +564,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// are still there. The result is false between two VMs, which cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
+    }
+
+    /// Returns whether the channel was reset before this end attached. Such an end never sleeps
+    /// without a fallback poll, because an end that lives on through the reset can replace its wake
+    /// threshold. A program that waits by other means polls as well.
+    pub fn follows_reset(&self) -> bool {
+        self.link.follows_reset()
     }
 
     /// Returns the events of this end.

@@ -202,6 +202,11 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         Ok(notify)
     }
 
+    /// Returns whether the channel was reset before this end attached.
+    pub(crate) fn follows_reset(&self) -> bool {
+        self.generation != 0
+    }
+
     fn was_reset(&self) -> bool {
         self.region.load(self.base + channel::GENERATION) != self.generation
     }

@@ -165,6 +165,9 @@ pub struct Link<M, E> {
     words: Option<PresenceWords>,
     /// Whether there is another end, which can be rung.
     has_peer: bool,
+    /// Whether the channel was reset before this end attached. A former end that lives on through
+    /// the reset can replace the wake threshold of this end.
+    follows_reset: bool,
     peer: Presence,
     events: E,
     /// Whether a doorbell has come through since the other end last changed.
@@ -180,17 +183,20 @@ pub struct Link<M, E> {
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// Creates the link of an end, whose other end shows its presence in `words` if it can be seen.
     /// Rings the other end once, because it may have gone to sleep before this end came. Without
-    /// another end (`has_peer` is false) it never rings.
+    /// another end (`has_peer` is false) it never rings. `follows_reset` says whether the channel
+    /// was reset before.
     pub(crate) fn attach(
         region: Region<M>,
         words: Option<PresenceWords>,
         events: E,
         has_peer: bool,
+        follows_reset: bool,
     ) -> Result<Self, E::Error> {
         let mut link = Link {
             peer: Presence::default(),
             words,
             has_peer,
+            follows_reset,
             region,
             events,
             proven: false,
@@ -208,6 +214,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// cannot see each other.
     pub fn peer(&self) -> Presence {
         self.peer
+    }
+
+    /// Returns whether the channel was reset before this end attached.
+    pub(crate) fn follows_reset(&self) -> bool {
+        self.follows_reset
     }
 
     /// Returns whether no process holds the other end. The result is false between two VMs, which
@@ -435,9 +446,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {
         // Until a doorbell has come through from this incarnation of the other end, one may have
         // been lost: before QEMU was ready, while the guest had its interrupts masked, or because a
-        // producer was killed before it rang. If the other end cannot be seen, the fallback polls
-        // never end.
-        let fallback_poll = (!self.proven || self.words.is_none()).then_some(self.fallback_poll);
+        // producer was killed before it rang. If the other end cannot be seen, or a former end can
+        // replace the wake threshold, the fallback polls never end.
+        let polls = !self.proven || self.words.is_none() || self.follows_reset;
+        let fallback_poll = polls.then_some(self.fallback_poll);
         let timeout = match (left, fallback_poll) {
             (Some(left), Some(fallback_poll)) => Some(left.min(fallback_poll)),
             (left, fallback_poll) => left.or(fallback_poll),

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use barlink_protocol::cursor::{Capacity, Kind, span};
 use barlink_protocol::wire::layout::{Channel, NO_PEER, Name, Policy, channel};
-use barlink_protocol::{Consumer, Producer, ReserveError, Sender, Sent, Sight, Tap};
+use barlink_protocol::{
+    Consumer, FirstSequenceError, Producer, ReserveError, Sender, Sent, Sight, Tap,
+};
 use proptest::prelude::*;
 
 use crate::heap::{Memory, notifiers, region_of, reset, rounds};
@@ -80,6 +82,10 @@ enum Call {
     /// Reserves room, fills it, and gives it up.
     GiveUp(usize),
     Skip(u64),
+    /// Sends the beginning of a stream.
+    Mark,
+    /// Sets the first sequence number, if none is used.
+    SetFirst(u64),
 }
 
 impl Call {
@@ -104,6 +110,14 @@ impl Call {
             Call::Skip(count) => {
                 let _ = producer.skip(count).unwrap();
             }
+            Call::Mark => {
+                let room = producer.reserve(0).unwrap();
+                let _ = room.commit(Kind::BEGIN, 0, 7).unwrap();
+            }
+            Call::SetFirst(number) => match producer.set_first_sequence(number) {
+                Ok(()) => assert_eq!(producer.sequence(), number),
+                Err(error) => assert_eq!(error, FirstSequenceError::NotEmpty),
+            },
         }
     }
 }
@@ -116,6 +130,8 @@ fn call() -> impl Strategy<Value = Call> {
             .prop_map(|(count, length, published)| Call::Batch(count, length, published)),
         1 => length().prop_map(Call::GiveUp),
         1 => (0u64..5).prop_map(Call::Skip),
+        1 => Just(Call::Mark),
+        1 => (0u64..5).prop_map(Call::SetFirst),
     ]
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use barlink_protocol::region::Region;
 use barlink_protocol::state::{self, ChannelState};
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, Policy, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Tap};
 use clap::Args;
@@ -42,22 +42,26 @@ impl Ring {
 
 type Memory = Arc<[AtomicU64]>;
 
-/// Both ends of a channel in this process's memory.
-pub(crate) struct Ends {
+/// The producer's end of a channel in this process's memory.
+pub(crate) struct Alone {
     pub(crate) sender: Sender<Memory, Notifiers>,
-    pub(crate) receiver: Receiver<Memory, Notifiers>,
     region: Region<Memory>,
-    channel: Channel,
+    layout: Layout,
+    /// The doorbells of the other end.
+    other: Notifiers,
 }
 
-impl Ends {
-    pub(crate) fn new() -> Result<Self> {
+impl Alone {
+    pub(crate) fn new(policy: Policy) -> Result<Self> {
         let channel = Channel {
             name: Name::new("ring").context("a name that cannot be")?,
             producer: 0,
-            consumer: 1,
+            consumer: match policy {
+                Policy::Overwrite => NO_PEER,
+                Policy::Wait | Policy::Drop => 1,
+            },
             vector: 0,
-            policy: Policy::Wait,
+            policy,
             offset: FIRST_FREE,
             capacity: CAPACITY,
         };
@@ -72,8 +76,38 @@ impl Ends {
         region.store(page + presence::EPOCH, 1);
         region.store(page + presence::holder(0, End::Producer), 1);
         let (one, other) = Notifiers::pair();
-        Ok(Ends {
+        Ok(Alone {
             sender: Sender::attach(region.clone(), &layout, 0, one)?,
+            region,
+            layout,
+            other,
+        })
+    }
+
+    /// Creates a tap of the channel.
+    pub(crate) fn tap(&self) -> Tap<Memory> {
+        Tap::attach(self.region.clone(), &self.layout.channels()[0])
+    }
+}
+
+/// Both ends of a channel in this process's memory.
+pub(crate) struct Ends {
+    pub(crate) sender: Sender<Memory, Notifiers>,
+    pub(crate) receiver: Receiver<Memory, Notifiers>,
+    region: Region<Memory>,
+    channel: Channel,
+}
+
+impl Ends {
+    pub(crate) fn new() -> Result<Self> {
+        let Alone {
+            sender,
+            region,
+            layout,
+            other,
+        } = Alone::new(Policy::Wait)?;
+        Ok(Ends {
+            sender,
             receiver: Receiver::attach(region.clone(), &layout, 0, other)?,
             channel: layout.channels()[0],
             region,
