@@ -213,8 +213,9 @@ const CLIENT: Parts = &[
     ("owned", &[]),
     ("peer", &["memory"]),
     ("process", &[]),
-    ("removal", &[]),
     ("event_error", &["error_kind"]),
+    ("removal", &["memory", "event_error"]),
+    ("timer", &["event_error", "process"]),
     ("region", &["error_kind", "memory"]),
     (
         "control",
@@ -223,18 +224,38 @@ const CLIENT: Parts = &[
     ("guest/calls", &["memory"]),
     ("guest/buffer", &["memory", "region"]),
     ("guest/cache", &["memory", "guest/calls"]),
-    ("guest/error", &["error_kind", "memory", "guest/cache"]),
+    (
+        "guest/error",
+        &["error_kind", "memory", "event_error", "guest/cache"],
+    ),
     ("guest/find", &["guest/error"]),
-    ("guest/broker", &["memory", "removal", "guest/calls"]),
+    (
+        "guest/broker",
+        &["memory", "event_error", "removal", "guest/calls"],
+    ),
     (
         "guest/events",
-        &["removal", "event_error", "guest/calls", "guest/broker"],
+        &[
+            "memory",
+            "event_error",
+            "removal",
+            "timer",
+            "guest/calls",
+            "guest/broker",
+        ],
     ),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),
     (
         "doorbell",
-        &["process", "event_error", "guest/events", "host/events"],
+        &[
+            "process",
+            "event_error",
+            "removal",
+            "timer",
+            "guest/events",
+            "host/events",
+        ],
     ),
     (
         "error",
@@ -248,7 +269,6 @@ const CLIENT: Parts = &[
             "guest/error",
         ],
     ),
-    ("timer", &["event_error", "process"]),
     ("readiness", &["event_error", "doorbell", "timer"]),
     (
         "sender",
@@ -289,6 +309,7 @@ const CLIENT: Parts = &[
         &[
             "claim",
             "memory",
+            "event_error",
             "removal",
             "region",
             "guest/calls",

@@ -11,6 +11,8 @@ use crate::event_error::EventError;
 use crate::guest::events::DeviceEvents;
 use crate::host::events::Eventfds;
 use crate::process::Process;
+use crate::removal;
+use crate::timer::monotonic;
 
 /// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
 /// as this value.
@@ -66,6 +68,15 @@ impl Doorbells {
         }
     }
 
+    /// Returns the longest time for which a program may wait for this end's descriptor alone.
+    /// `ZERO` if there is no such limit.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        match &self.source {
+            Source::Host(_) => Duration::ZERO,
+            Source::Guest(_) => removal::LOOK,
+        }
+    }
+
     /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
         match &self.source {
@@ -104,14 +115,21 @@ impl Events for Doorbells {
     fn now(&self) -> Duration {
         // The kernel's clock and not the process's, so that time stamps of one host can be
         // compared.
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        time.try_into().unwrap_or_default()
+        monotonic()
     }
 
     fn check_device(&self) -> Result<(), EventError> {
-        match self.is_gone() {
-            true => Err(EventError::Gone),
-            false => Ok(()),
+        match &self.source {
+            Source::Host(_) => Ok(()),
+            Source::Guest(events) => events.check(),
+        }
+    }
+
+    #[inline(always)]
+    fn check_device_if_due(&mut self, now: Duration) -> Result<(), EventError> {
+        match &mut self.source {
+            Source::Host(_) => Ok(()),
+            Source::Guest(events) => events.check_if_due(now),
         }
     }
 

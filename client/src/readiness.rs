@@ -90,9 +90,15 @@ impl Readiness {
                 self.next = (self.next * 2).min(LONGEST_FALLBACK_POLL);
             }
             self.timer.set(self.next);
-        } else if !was_quiet || !self.next.is_zero() {
-            self.next = Duration::ZERO;
-            self.timer.set(Duration::ZERO);
+        } else {
+            // In a guest, each expiry makes the program call the end, which then looks whether the
+            // device still has its region.
+            let longest = doorbells.longest_wait();
+            let is_over = !longest.is_zero() && self.timer.left().is_zero();
+            if !was_quiet || self.next != longest || is_over {
+                self.next = longest;
+                self.timer.set(longest);
+            }
         }
     }
 }

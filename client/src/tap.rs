@@ -421,7 +421,12 @@ impl Tap {
         if self.looks.rested() && self.removal.has_come() {
             return Err(EventError::Gone.into());
         }
-        let found = self.copy_once(&look, bytes)?;
+        let found = self.copy_once(&look, bytes);
+        if !matches!(found, Ok(Some(_))) {
+            // A region that is lost looks like one without records, or like a reset.
+            self.removal.check_region(&self.region)?;
+        }
+        let found = found?;
         if found.is_none() {
             self.looks.found_nothing();
         }

@@ -94,7 +94,7 @@ Exit codes:
   0    success, or the reader of standard output closed it
   1    failure: the last line says what failed and what to do
   2    invalid command line
-  3    no device, or the device is gone
+  3    no device, or the device is gone or has lost its region
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
        another cache mode
   5    the stream ended early: the sender left before its end

@@ -109,12 +109,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
+        events.check_device().map_err(ChannelError::Device)?;
         let producer = Producer::attach(region.clone(), entry)?;
         let follows_reset = producer.follows_reset();
         let link = Link::attach(region, words, events, entry.has_consumer(), follows_reset);
         Ok(Sender {
             producer,
-            link: link.map_err(ChannelError::Events)?,
+            link: link?,
             drops: entry.policy == Policy::Drop,
         })
     }
@@ -179,8 +180,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// records first.
     pub fn skip(&mut self, count: u64) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.producer.skip(count)?;
-        self.notify(notify)
+        let notify = self.producer.skip(count);
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     /// Sets the sequence number of the first record, as long as no record was committed, staged or
@@ -191,7 +192,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let set = self.producer.set_first_sequence(number);
         set.map_err(|error| match error {
             FirstSequenceError::NotEmpty => ChannelError::NotEmpty,
-            FirstSequenceError::Reset(reset) => reset.into(),
+            FirstSequenceError::Reset(reset) => self.link.explain(reset),
         })
     }
 
@@ -217,8 +218,9 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let Some(place) = self.find_room(length, Some(timeout))? else {
             return Ok(None);
         };
+        let reservation = self.producer.reservation(place, length);
         Ok(Some(SenderReservation {
-            reservation: self.producer.reservation(place, length)?,
+            reservation: reservation.map_err(|error| self.link.explain(error))?,
             link: &mut self.link,
         }))
     }
@@ -284,8 +286,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// The channel was reset, so that the records may not be in it; or a call of [`Events`] failed.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.producer.publish()?;
-        self.notify(notify)
+        let notify = self.producer.publish();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     #[inline(always)]
@@ -318,8 +320,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             self.producer.drop_record();
             return Ok(Sent::Dropped);
         };
-        let stamp = stamp.unwrap_or_else(|| self.link.time().into());
-        let mut reservation = self.producer.reservation(place, bytes.len())?;
+        let stamp = match stamp {
+            Some(stamp) => stamp,
+            None => self.link.checked_time()?.into(),
+        };
+        let reservation = self.producer.reservation(place, bytes.len());
+        let mut reservation = reservation.map_err(|error| self.link.explain(error))?;
         reservation.write(0, bytes);
         let length = reservation.length();
         reservation.stage(kind, length, stamp);
@@ -340,7 +346,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         match self.producer.find_room(length) {
             Ok(place) => Ok(Some(place)),
             Err(ReserveError::Full) => self.wait_for_room(length, wait),
-            Err(error) => Err(ChannelError::reserve(error)),
+            Err(error) => Err(self.link.explain(ChannelError::reserve(error))),
         }
     }
 
@@ -354,7 +360,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.publish()?;
         let Some(timeout) = wait else {
             // A sender that does not wait must not arm a wake-up.
-            self.link.look_at_peer().map_err(ChannelError::Events)?;
+            self.link.look_at_peer()?;
             return Ok(None);
         };
         let deadline = self.link.deadline(timeout);
@@ -371,15 +377,15 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
                     }
                 };
                 found.map_err(ChannelError::reserve)
-            })?;
-            match woken {
+            });
+            match woken.map_err(|error| self.link.explain(error))? {
                 Wakeup::Ready => break,
                 Wakeup::PeerChanged => (),
                 Wakeup::TimedOut => return Ok(None),
             }
         }
-        let place = self.producer.find_room(length);
-        place.map(Some).map_err(ChannelError::reserve)
+        let place = self.producer.find_room(length).map(Some);
+        place.map_err(|error| self.link.explain(ChannelError::reserve(error)))
     }
 }
 
@@ -457,7 +463,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// Panics if `length` is more than the reserved room.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
-        let time = self.link.time();
+        let time = self.link.checked_time()?;
         self.commit_at(kind, length, time.into())
     }
 
@@ -474,7 +480,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ) -> Result<(), ChannelError<E::Error>> {
         let SenderReservation { reservation, link } = self;
         link.check()?;
-        let (notify, producer) = reservation.commit(kind, length, stamp)?;
+        let committed = reservation.commit(kind, length, stamp);
+        let (notify, producer) = committed.map_err(|error| link.explain(error))?;
         if link.notify(notify).map_err(ChannelError::Events)? {
             producer.count_ring();
         }
@@ -546,13 +553,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
+        events.check_device().map_err(ChannelError::Device)?;
         let consumer = Consumer::attach(region.clone(), entry)?;
         let follows_reset = consumer.follows_reset();
-        let link = Link::attach(region, words, events, true, follows_reset);
-        Ok(Receiver {
-            consumer,
-            link: link.map_err(ChannelError::Events)?,
-        })
+        let link = Link::attach(region, words, events, true, follows_reset)?;
+        Ok(Receiver { consumer, link })
     }
 
     /// Returns the presence of the other end, as last seen.
@@ -586,7 +591,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Looks for a record without waiting. Returns whether [`Receiver::record`] now has one.
     #[inline(always)]
     pub fn poll(&mut self) -> Result<bool, ChannelError<E::Error>> {
-        Ok(self.consumer.poll()?)
+        let found = self.consumer.poll();
+        found.map_err(|error| self.link.explain(error))
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
@@ -599,7 +605,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         self.link.check()?;
-        if self.consumer.poll()? {
+        if self.poll()? {
             return Ok(Wakeup::Ready);
         }
         self.wait_for_record(timeout)
@@ -616,7 +622,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, Threshold::Soon, |threshold| {
+        let woken = self.link.wait(deadline, Threshold::Soon, |threshold| {
             match threshold {
                 Threshold::Unchanged => (),
                 Threshold::Disarmed => consumer.disarm(),
@@ -624,7 +630,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
                 Threshold::Half => return Ok(consumer.arm_for_half()?),
             }
             Ok(consumer.poll()?)
-        })
+        });
+        woken.map_err(|error| self.link.explain(error))
     }
 
     /// Returns the record that [`Receiver::wait`] found.
@@ -649,16 +656,16 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// call of [`Events`] failed.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release()?;
-        self.notify(notify)
+        let notify = self.consumer.release();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     /// Releases the records that it advanced over, as [`Receiver::release`] does. The record that
     /// [`Receiver::wait`] found remains in the channel.
     pub fn release_advanced(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release_advanced()?;
-        self.notify(notify)
+        let notify = self.consumer.release_advanced();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     #[inline(always)]

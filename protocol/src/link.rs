@@ -104,8 +104,16 @@ pub trait Events {
     /// Returns the time of this side's monotonic clock.
     fn now(&self) -> Duration;
 
-    /// Returns an error if the region's memory is gone with its device, so that an access fails.
+    /// Returns an error if the device is gone, so that an access to the region fails, or if it has
+    /// lost the region, so that an access finds other words.
     fn check_device(&self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`.
+    #[inline(always)]
+    fn check_device_if_due(&mut self, now: Duration) -> Result<(), Self::Error> {
+        let _ = now;
         Ok(())
     }
 
@@ -191,7 +199,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         events: E,
         has_peer: bool,
         follows_reset: bool,
-    ) -> Result<Self, E::Error> {
+    ) -> Result<Self, ChannelError<E::Error>> {
         let mut link = Link {
             peer: Presence::default(),
             words,
@@ -206,7 +214,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             fruitless: 0,
         };
         link.peer = link.read_peer();
-        link.ring()?;
+        link.ring().map_err(ChannelError::Events)?;
         Ok(link)
     }
 
@@ -273,25 +281,49 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Returns the time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
+        nanoseconds(self.events.now())
+    }
+
+    /// Returns the time as [`Link::time`] does, and checks the device if that is due. A sender that
+    /// finds room sees nothing else of a device that has lost its region.
+    #[inline(always)]
+    pub(crate) fn checked_time(&mut self) -> Result<u64, ChannelError<E::Error>> {
         let now = self.events.now();
-        // 64 bits of nanoseconds last for five centuries.
-        now.as_secs()
-            .wrapping_mul(1_000_000_000)
-            .wrapping_add(now.subsec_nanos().into())
+        let checked = self.events.check_device_if_due(now);
+        checked.map_err(ChannelError::Device)?;
+        Ok(nanoseconds(now))
+    }
+
+    /// Returns the error of a channel, or that of the device if it is the reason why the channel
+    /// seems to be corrupt or reset.
+    #[cold]
+    pub(crate) fn explain(
+        &self,
+        error: impl Into<ChannelError<E::Error>>,
+    ) -> ChannelError<E::Error> {
+        match error.into() {
+            error @ (ChannelError::Corrupt(_) | ChannelError::Reset(_)) => {
+                let checked = self.events.check_device();
+                checked.map_or_else(ChannelError::Device, |()| error)
+            }
+            error => error,
+        }
     }
 
     /// Stores the changed presence of the other end. Rings the other end, because a doorbell to its
     /// predecessor may be lost, and begins the fallback polls again.
-    fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
+    fn peer_changed(&mut self, peer: Presence) -> Result<(), ChannelError<E::Error>> {
+        // The words of a region that is lost look like an end that has left.
+        self.events.check_device().map_err(ChannelError::Device)?;
         self.peer = peer;
         self.proven = false;
         self.fallback_poll = FIRST_FALLBACK_POLL;
-        self.ring()?;
+        self.ring().map_err(ChannelError::Events)?;
         Ok(())
     }
 
     /// Notices a change of the other end, for a caller that does not wait.
-    pub(crate) fn look_at_peer(&mut self) -> Result<(), E::Error> {
+    pub(crate) fn look_at_peer(&mut self) -> Result<(), ChannelError<E::Error>> {
         match self.read_peer() {
             peer if peer == self.peer => Ok(()),
             peer => self.peer_changed(peer),
@@ -344,7 +376,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                 if look(Threshold::Unchanged)? {
                     return Ok(Wakeup::Ready);
                 }
-                self.peer_changed(peer).map_err(ChannelError::Events)?;
+                self.peer_changed(peer)?;
                 // At the deadline the final look follows, so that an end that keeps changing cannot
                 // prolong the wait.
                 if !over {
@@ -461,4 +493,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
         Ok(())
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    // 64 bits of nanoseconds last for five centuries.
+    time.as_secs()
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(time.subsec_nanos().into())
 }

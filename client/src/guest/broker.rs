@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
+use crate::event_error::EventError;
 use crate::guest::calls;
 use crate::memory::RingRegion;
 use crate::removal;
@@ -142,6 +143,12 @@ impl Asker {
         Ok(answer.wrapping_sub(question) < 1 << 63)
     }
 
+    /// Returns whether the device has lost its region, which then has no answers.
+    pub(crate) fn has_lost_region(&self) -> bool {
+        removal::check(&self.file, &self.region)
+            .is_err_and(|error| matches!(error, EventError::Lost))
+    }
+
     /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
     pub(crate) fn wait_for_answer(&self) -> Result<bool, Errno> {
         let start = Instant::now();
@@ -153,6 +160,9 @@ impl Asker {
             {
                 self.unanswered.set(false);
                 return Ok(true);
+            }
+            if self.has_lost_region() {
+                return Ok(false);
             }
             match course.step(start.elapsed()) {
                 Step::Ask => question = Some(self.ask()?),

@@ -7,13 +7,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
+use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
 
 use crate::claim::{Held, NoConsumer, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::Error;
+use crate::event_error::EventError;
 use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
@@ -100,12 +101,9 @@ impl Device {
         let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
         let mapping = map(&file, path, size, cache, access)?;
         // The driver's copy of the superblock outlives a region that the device has lost.
-        let found = mapping.region().load(0);
-        if found != MAGIC {
-            return Err(DeviceError::Layout {
-                path: path.to_owned(),
-                source: LayoutError::Magic { found },
-            });
+        if removal::is_lost(&mapping.region()) {
+            let path = path.to_owned();
+            return Err(DeviceError::Lost { path });
         }
         // The granted mode is known once something is mapped.
         let granted = info(&file, path)?.granted;
@@ -260,8 +258,10 @@ impl Device {
     /// # Errors
     ///
     /// The region's channel table has an entry that the driver does not take
-    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone.
+    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone or has lost its
+    /// region.
     pub fn refresh(&self) -> Result<&Layout, Error> {
+        self.check()?;
         let path = &self.path;
         let forged = match calls::refresh(&self.file) {
             Ok(()) => false,
@@ -296,8 +296,37 @@ impl Device {
         Region::new(self.ring_region(), self.mapping.writable())
     }
 
-    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
-    /// memory, and an access to them is SIGBUS.
+    /// Checks that the device is there and has its region. A VM that is taken back to a snapshot
+    /// loses it: what is read from there is then mostly zeros, and what is written is lost. An end
+    /// of a channel checks this by itself, at the latest ten seconds after. A program that uses
+    /// [`Device::region`] checks after it has read, and before it relies on what it has written.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// let mut sample = [0; 64];
+    /// let window = device.layout().raw_offset;
+    /// device.region().copy_out(window, &mut sample)?;
+    /// device.check()?;
+    /// println!("{sample:?}");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The device is gone, or has lost its region ([`ErrorKind::Gone`](crate::ErrorKind::Gone)).
+    pub fn check(&self) -> Result<(), Error> {
+        removal::check(&self.file, &self.mapping.region()).map_err(|error| match error {
+            EventError::Lost => {
+                let path = self.path.clone();
+                DeviceError::Lost { path }.into()
+            }
+            error => error.into(),
+        })
+    }
+
+    /// Waits until the device is gone, unbound or unplugged, or has lost its region, for which it
+    /// looks every ten seconds. When the device is gone, its mappings have lost their memory, and
+    /// an access to them is SIGBUS.
     ///
     /// ```no_run
     /// use barlink::{Kind, guest};
@@ -321,7 +350,8 @@ impl Device {
     /// `poll(2)` failed.
     pub fn wait_until_gone(&self) -> Result<(), Error> {
         loop {
-            match removal::wait(&self.file, None) {
+            match removal::wait(&self.file, Some(removal::LOOK)) {
+                Ok(false) if removal::is_lost(&self.mapping.region()) => return Ok(()),
                 Ok(false) => (),
                 Ok(true) => return Ok(()),
                 Err(error) => return Err(system("wait for", &self.path, error).into()),
@@ -559,7 +589,8 @@ impl Side for Device {
         // The driver may have got fewer vectors than the channels have.
         let wakes = channel.vector < info.vectors;
         let questions = self.asker.clone().map(SleepQuestions::new);
-        let events = DeviceEvents::new(file, doorbell, wakes, questions);
+        let region = self.mapping.region();
+        let events = DeviceEvents::new(file, region, doorbell, wakes, questions);
         Ok((index, events.into()))
     }
 }

@@ -14,7 +14,9 @@ use rustix::io::Errno;
 use crate::event_error::EventError;
 use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
+use crate::memory::RingRegion;
 use crate::removal;
+use crate::timer::monotonic;
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -27,22 +29,29 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
 #[derive(Debug)]
 pub struct DeviceEvents {
     file: File,
+    region: RingRegion,
+    /// Time of the next look whether the device still has its region.
+    next_look: Duration,
     other: uapi::Doorbell,
     wakes: bool,
     questions: Option<SleepQuestions>,
 }
 
 impl DeviceEvents {
-    /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end;
-    /// `wakes` says whether the channel has a vector here, and `questions` asks for the broker.
+    /// Waits on a file that holds the claim, and is non-blocking. `region` is the device's, `other`
+    /// rings the other end; `wakes` says whether the channel has a vector here, and `questions`
+    /// asks for the broker.
     pub(crate) fn new(
         file: File,
+        region: RingRegion,
         other: uapi::Doorbell,
         wakes: bool,
         questions: Option<SleepQuestions>,
     ) -> Self {
         DeviceEvents {
             file,
+            region,
+            next_look: monotonic() + removal::LOOK,
             other,
             wakes,
             questions,
@@ -68,6 +77,26 @@ impl DeviceEvents {
         removal::wait(&self.file, Some(Duration::ZERO)).unwrap_or(false)
     }
 
+    /// Returns an error if the device is gone or has lost its region.
+    pub(crate) fn check(&self) -> Result<(), EventError> {
+        removal::check(&self.file, &self.region)
+    }
+
+    /// Does the same if it was last done [`removal::LOOK`] ago.
+    #[inline(always)]
+    pub(crate) fn check_if_due(&mut self, now: Duration) -> Result<(), EventError> {
+        match now < self.next_look {
+            true => Ok(()),
+            false => self.look(now),
+        }
+    }
+
+    #[cold]
+    fn look(&mut self, now: Duration) -> Result<(), EventError> {
+        self.next_look = now + removal::LOOK;
+        self.check()
+    }
+
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
         calls::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
@@ -76,6 +105,7 @@ impl DeviceEvents {
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        self.check_if_due(monotonic())?;
         let may_have_fired = if self.wakes {
             self.becomes_readable_or_asks(timeout)?
         } else {
@@ -99,8 +129,8 @@ impl DeviceEvents {
         }
     }
 
-    /// Waits until the file is readable or the timeout is over, and asks for the broker if that
-    /// takes long. Returns whether it is readable.
+    /// Waits until the file is readable or the timeout is over. If that takes long, asks for the
+    /// broker, and looks whether the device still has its region. Returns whether it is readable.
     fn becomes_readable_or_asks(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
         if timeout == Some(Duration::ZERO) {
             return self.becomes_readable(timeout);
@@ -110,12 +140,14 @@ impl DeviceEvents {
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let until_step = self.ask();
-            let part = [left, until_step].into_iter().flatten().min();
+            let until_look = Some(self.next_look.saturating_sub(monotonic()));
+            let part = [left, until_step, until_look].into_iter().flatten().min();
             let is_readable = self.becomes_readable(part)?;
             self.slept(is_readable);
             if is_readable || part == left {
                 return Ok(is_readable);
             }
+            self.check_if_due(monotonic())?;
         }
     }
 
@@ -154,5 +186,42 @@ impl DeviceEvents {
 impl AsFd for DeviceEvents {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use barlink_protocol::wire::layout::MAGIC;
+    use rustix::event::EventfdFlags;
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+    use crate::memory::{Access, Mapping};
+
+    /// A VM that goes back to a snapshot loses the region of its device, and nothing wakes an end
+    /// that sleeps. The file of an eventfd stands for the device's: it is not readable.
+    #[test]
+    fn sleeping_end_notices_lost_region() {
+        let memory = rustix::fs::memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memory, 4096).unwrap();
+        let region = Mapping::map(&memory, 4096, Access::ReadWrite)
+            .unwrap()
+            .region();
+        region.store(0, MAGIC);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let file = File::from(rustix::event::eventfd(0, flags).unwrap());
+        let other = uapi::Doorbell { peer: 0, vector: 0 };
+        let mut events = DeviceEvents::new(file, region.clone(), other, true, None);
+        let soon = Duration::from_millis(50);
+        let look_soon = |events: &mut DeviceEvents| events.next_look = monotonic() + soon;
+        look_soon(&mut events);
+        assert!(!events.sleep(Some(2 * soon)).unwrap());
+        assert!(events.next_look > monotonic() + removal::LOOK / 2);
+        region.store(0, 0);
+        assert!(events.check_if_due(monotonic()).is_ok(), "not yet due");
+        look_soon(&mut events);
+        let error = events.sleep(None).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        assert!(matches!(events.check(), Err(EventError::Lost)));
     }
 }

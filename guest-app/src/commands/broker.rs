@@ -31,12 +31,17 @@ pub fn check(device: &Device) {
 ///
 /// # Errors
 ///
-/// The broker is gone, and no program received the records or bytes (`wait_until_received`).
+/// The device has lost its region. Or the broker is gone, and no program received the records or
+/// bytes (`wait_until_received`).
 pub fn confirm(device: &Device, channel: Option<&str>) -> Result<()> {
-    let Some(fault) = fault(device) else {
+    let fault = fault(device);
+    device.check()?;
+    let Some(fault) = fault else {
         return Ok(());
     };
     wait_until_received(device.region().ring(), device.layout(), channel, fault)?;
+    // A region that is lost looks as if all was received.
+    device.check()?;
     warn(fault);
     Ok(())
 }

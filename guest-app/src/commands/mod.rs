@@ -57,7 +57,10 @@ pub fn run(cli: &Cli) -> Result<()> {
             broker::confirm(&device, Some(&args.channel))
         }
         Command::Buffer(args) => buffer::buffer(&device, args),
-        Command::Peek(args) => place::peek(device.region().ring(), device.layout(), args),
+        Command::Peek(args) => {
+            place::peek(device.region().ring(), device.layout(), args)?;
+            device.check().map_err(Into::into)
+        }
         Command::Poke(args) => {
             place::poke(device.region().ring(), device.layout(), args)?;
             broker::confirm(&device, None)
