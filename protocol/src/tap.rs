@@ -259,8 +259,9 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
         // after it has stored the cursor of the commit between.
         self.region.fence_note();
-        if load(channel::WRITTEN) != written {
-            return self.start_behind(written, dropped);
+        let now = load(channel::WRITTEN);
+        if now != written {
+            return self.start_behind(written, now, dropped);
         }
         if noted != written || !self.is_same_generation() {
             return None;
@@ -284,15 +285,17 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     // So a tap is not kept from its start by commits that come faster than it reads a note. It only
     // has to read the record before the producer has gone through the whole channel.
     #[cold]
-    fn start_behind(&self, cursor: u64, dropped: u64) -> Option<Start> {
+    fn start_behind(&self, cursor: u64, written: u64, dropped: u64) -> Option<Start> {
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
-        let written = self.region.acquire(self.base + channel::WRITTEN);
+        self.region.fence_loads();
         let (cursor, header) = self.find(cursor, written)?;
         let first = self.region.load(self.base + channel::FIRST);
         let is_same = self.region.load(self.base + channel::DROPPED) == dropped;
         let index = header.sequence.wrapping_sub(first).wrapping_sub(dropped);
         let place = (cursor, index);
-        (is_same && self.is_whole(cursor)).then_some(Start {
+        // SYNC: reset-then-cursors; pairs with the fence in `state::reset`.
+        self.region.fence_loads();
+        (is_same && self.is_same_generation()).then_some(Start {
             newest: place,
             next: place,
             dropped,
