@@ -401,7 +401,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Reset
     }
 
-    /// Counts a record that was dropped because the channel was full.
+    /// Counts a record that was dropped because the channel was full. Publish staged records first:
+    /// their sequence numbers do not count this one, and a tap expects that.
     pub fn drop_record(&mut self) {
         self.leave_unused(1);
     }

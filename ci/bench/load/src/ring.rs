@@ -32,7 +32,10 @@ impl Ring {
             sender, receiver, ..
         } = Ends::new()?;
         thread::scope(|scope| {
-            let receiving = scope.spawn(|| Receive {}.run(receiver));
+            let receive = Receive {
+                batch: self.send.batch,
+            };
+            let receiving = scope.spawn(move || receive.run(receiver));
             self.send.run(sender)?;
             let received = receiving.join();
             received.map_err(|_| anyhow!("the receiver panicked"))?
@@ -40,7 +43,18 @@ impl Ring {
     }
 }
 
-type Memory = Arc<[AtomicU64]>;
+type Memory = &'static [AtomicU64];
+
+/// Returns new memory of this size in bytes, which begins at a page as that of a region does, so
+/// that the words of a channel lie on the same lines. It lives as long as the process.
+fn memory(size: u64) -> Memory {
+    const PAGE: usize = 4096;
+    let count = size as usize / 8;
+    let words = (0..count + PAGE / 8).map(|_| AtomicU64::new(0));
+    let words = Vec::leak(words.collect());
+    let start = words.as_ptr().align_offset(PAGE);
+    &words[start..start + count]
+}
 
 /// The producer's end of a channel in this process's memory.
 pub(crate) struct Alone {
@@ -67,8 +81,7 @@ impl Alone {
         };
         let size = (channel.end() + 4096).next_power_of_two();
         let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
-        let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
-        let region = Region::new(memory);
+        let region = Region::new(memory(size));
         state::publish(&region, &layout);
         // These words show that the VM and both ends are present, as the driver would write them.
         region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
