@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The newest value of a sender on the host that never pauses: by a tap of a channel that overwrites
-//! its records, on the host or in the guest, and by a blackboard of iceoryx2.
+//! The newest value of a sender on the host that never pauses: by a tap of a channel that
+//! overwrites its records, on the host or in the guest, and by a blackboard of iceoryx2.
 
 use std::fmt;
 use std::time::Duration;
