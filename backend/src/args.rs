@@ -31,7 +31,7 @@ Exit codes:
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end
+       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter
   7    no record came, or there was no room for one, within --timeout
   8    the broker has ended, and no program is known to have received what was sent
   130  interrupted by Ctrl-C; `serve` ends with 0 then

@@ -50,8 +50,8 @@ const CRATES: [Crate; 4] = [
 ];
 
 const PROTOCOL: Parts = &[
-    ("aligned", &[]),
     ("io", &[]),
+    ("aligned", &["io"]),
     ("strategy", &[]),
     ("sync", &[]),
     ("wire", &[]),

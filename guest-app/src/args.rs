@@ -19,15 +19,9 @@ pub struct Cli {
     pub command: Command,
     /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
     /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
-    /// numbers change
-    #[arg(
-        long,
-        global = true,
-        help_heading = "Device",
-        value_name = "DEVICE",
-        default_value = "/dev/barlink0"
-    )]
-    pub device: PathBuf,
+    /// numbers change [default: /dev/barlink0, with a warning if there are further devices]
+    #[arg(long, global = true, help_heading = "Device", value_name = "DEVICE")]
+    pub device: Option<PathBuf>,
     /// Cache mode of the device's mapping; all processes have the same mode at a time
     #[arg(
         long,
@@ -99,8 +93,8 @@ Exit codes:
        another cache mode
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end; `echo` missed records or
-       had to drop some
+       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter;
+       `echo` missed records or had to drop some
   7    no record came, or there was no room for one, within --timeout
   8    the broker is gone or does not answer, and no program has received what was sent
   130  interrupted by Ctrl-C";

@@ -76,6 +76,7 @@ impl<X: Classified> StreamError<X> {
                 ErrorKind::Other
             }
             StreamError::Incomplete(_)
+            | StreamError::Shrunk { .. }
             | StreamError::Missing(_)
             | StreamError::BeginDropped(_)
             | StreamError::EndDropped(_)

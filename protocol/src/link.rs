@@ -165,6 +165,9 @@ const PROBE: u32 = 8;
 pub(crate) const PAST: Duration = Duration::ZERO;
 /// Number of looks at the shared cursor for each look at the clock.
 const LOOKS_PER_CLOCK: u32 = 16;
+/// Longest time for which an end that spins reads the region without a look for its removal. It is
+/// longer than the spins of [`Strategy::PROMPT`] and [`Strategy::STREAM`].
+const LONGEST_UNCHECKED: Duration = Duration::from_micros(100);
 
 /// One end's view of the other end: its presence, and the means to wait for it.
 #[derive(Debug)]
@@ -405,11 +408,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     }
 
     /// Spins. The duration grows while spinning succeeds, and shrinks while it does not.
-    fn spin<X>(
+    fn spin(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Threshold) -> Result<bool, X>,
-    ) -> Result<bool, X> {
+        look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
+    ) -> Result<bool, ChannelError<E::Error>> {
         let Strategy {
             least_spin,
             most_spin,
@@ -420,8 +423,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
         let is_probe = self.fruitless % PROBE == PROBE - 1;
         let spin = if is_probe { most_spin } else { self.spin };
-        let end = self.events.now().saturating_add(spin);
+        let start = self.events.now();
+        let end = start.saturating_add(spin);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
+        let mut next_check = start.saturating_add(LONGEST_UNCHECKED);
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin_loop();
@@ -431,7 +436,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                     return Ok(true);
                 }
             }
-            if self.events.now() >= end || self.read_peer() != self.peer {
+            let now = self.events.now();
+            if now >= next_check {
+                self.events.check_device().map_err(ChannelError::Events)?;
+                next_check = now.saturating_add(LONGEST_UNCHECKED);
+            }
+            if now >= end || self.read_peer() != self.peer {
                 self.spin = (self.spin / 2).max(least_spin);
                 self.fruitless = self.fruitless.wrapping_add(1);
                 return Ok(false);

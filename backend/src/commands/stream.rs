@@ -41,7 +41,7 @@ fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
     let attachment = super::attach(which, access)?;
     if !json {
         let which = which.clone();
-        notice::watch_broker(&attachment, move || super::look(&which).is_some());
+        notice::watch_broker(&attachment, move || super::found(&super::look(&which)));
     }
     Ok(attachment)
 }

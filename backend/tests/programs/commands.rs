@@ -108,6 +108,11 @@ fn tip_for_negative_value_names_its_option() {
         &["unexpected argument '-1' found; tip: to pass '-1' as a value, use '--count=-1'"],
     );
     fails(
+        &mut barlink(["serve", "--size", "-1"]),
+        2,
+        &["unexpected argument '-1' found; tip: to pass '-1' as a value, use '--size=-1'"],
+    );
+    fails(
         &mut barlink(["tail", "up", "--count=-1"]),
         2,
         &["invalid value '-1'"],

@@ -461,7 +461,14 @@ impl Control {
             let control = Self::connect_until(&path, deadline)?;
             control.ask_until(Ask::Status, Some(deadline))
         };
-        match !releases && lives().is_ok() {
+        // A broker that refuses this process lives as well.
+        let lives = || {
+            matches!(
+                lives(),
+                Ok(_) | Err(ControlError::Refused(_) | ControlError::Rejected { .. })
+            )
+        };
+        match !releases && lives() {
             true => ControlError::Closed { path },
             false => ControlError::Ended { path },
         }

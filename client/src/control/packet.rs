@@ -195,6 +195,12 @@ impl PacketSocket {
                 self.retry(PollFlags::IN, deadline, || receive(RecvFlags::DONTWAIT))?
             }
         };
+        // The kernel drops the descriptors that this process has no numbers for.
+        if received.lost_descriptors && descriptors.len() < MAX_PACKET_DESCRIPTORS {
+            return Err(io::Error::other(
+                "this process cannot open the descriptors that came: raise its limit (ulimit -n)",
+            ));
+        }
         if received.lost_bytes || received.lost_descriptors {
             return Err(io::Error::other(
                 "packet is larger than any that a broker sends",

@@ -8,6 +8,9 @@ use barlink_protocol::wire::layout::BrokerName;
 
 use crate::guest::error::DeviceError;
 
+/// Folder of the device nodes.
+const DEVICES: &str = "/dev";
+
 /// Returns whether a program means the name of a broker and not the path of a device: a name has no
 /// `/`.
 pub(crate) fn name(device: &Path) -> Option<&str> {
@@ -20,7 +23,7 @@ pub(crate) fn find(
     name: &str,
     ask: impl Fn(&Path) -> Result<BrokerName, DeviceError>,
 ) -> Result<PathBuf, DeviceError> {
-    let answers = nodes(Path::new("/dev"))
+    let answers = nodes_in(Path::new(DEVICES))
         .into_iter()
         .map(|node| (ask(&node), node));
     choose(name, answers)
@@ -49,8 +52,24 @@ pub(crate) fn open<T>(
     }
 }
 
+/// Lists the devices of this VM by their paths, `/dev/barlink0` and so on, in the order of their
+/// numbers.
+///
+/// ```no_run
+/// use barlink::guest;
+///
+/// for node in guest::nodes() {
+///     let device = guest::open(&node)?;
+///     println!("{}: {}", node.display(), device.identity().name);
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+pub fn nodes() -> Vec<PathBuf> {
+    nodes_in(Path::new(DEVICES))
+}
+
 /// Lists the device nodes in a folder, in the order of their numbers.
-fn nodes(folder: &Path) -> Vec<PathBuf> {
+fn nodes_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut numbers: Vec<u32> = entries
         .filter_map(|entry| {
@@ -128,8 +147,8 @@ mod tests {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
         let expected = ["barlink2", "barlink10"].map(|name| folder.path().join(name));
-        assert_eq!(nodes(folder.path()), expected);
-        assert!(nodes(Path::new("/does/not/exist")).is_empty());
+        assert_eq!(nodes_in(folder.path()), expected);
+        assert!(nodes_in(Path::new("/does/not/exist")).is_empty());
     }
 
     #[test]

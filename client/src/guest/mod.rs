@@ -34,6 +34,7 @@ pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
+pub use find::nodes;
 pub use watch::BrokerWatch;
 
 use crate::error::Error;

@@ -285,7 +285,7 @@ impl<'a> Record<'a> {
                     .events()
                     .check_device()
                     .map_err(Error::from)?;
-                let mut buffer = AlignedBuffer::new(COPY_SIZE);
+                let mut buffer = AlignedBuffer::new(COPY_SIZE)?;
                 record.write_copy(file, self.position, buffer.bytes())?
             }
             written => written?,

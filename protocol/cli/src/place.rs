@@ -15,6 +15,9 @@ use pretty_hex::{HexConfig, config_hex};
 use crate::size::{parse_offset, parse_size};
 use crate::standard::{input, print, read_all};
 
+/// Bytes that `peek` copies and prints at once, in whole lines of a hex dump.
+const PART: u64 = 1 << 20;
+
 /// Arguments that select a place in the region.
 #[derive(Debug, Args)]
 #[group(skip)]
@@ -95,19 +98,29 @@ where
 {
     let (offset, room) = args.place.find(layout, region.size())?;
     args.place.fits(args.length, room)?;
-    let mut bytes = vec![0; usize::try_from(args.length)?];
-    region.peek(offset, &mut bytes)?;
-    show(&bytes, args)
+    // The memory of this program need not hold as much as the region.
+    let mut bytes = vec![0; usize::try_from(args.length.min(PART))?];
+    let mut done = 0;
+    loop {
+        let part = usize::try_from((args.length - done).min(PART))?;
+        let part = &mut bytes[..part];
+        region.peek(offset + done, part)?;
+        show(part, args, done)?;
+        done += part.len() as u64;
+        if done == args.length {
+            return Ok(());
+        }
+    }
 }
 
-/// Prints bytes that were read from a place, as a hex dump or raw.
-pub fn show(bytes: &[u8], args: &Peek) -> Result<()> {
+/// Prints bytes that are `done` bytes behind the place of the first one, as a hex dump or raw.
+pub fn show(bytes: &[u8], args: &Peek, done: u64) -> Result<()> {
     if args.raw {
         return print(bytes);
     }
     let config = HexConfig {
         title: false,
-        display_offset: usize::try_from(args.place.at)?,
+        display_offset: usize::try_from(args.place.at + done)?,
         ..HexConfig::default()
     };
     print(format!("{}\n", config_hex(&bytes, config)))

@@ -72,6 +72,10 @@ pub trait Watch {
     /// other end.
     fn waits(&mut self, _is_away: bool) {}
 
+    /// Handles that a regular file has become longer while [`send`] read it. The stream has the
+    /// bytes that the file had at the start.
+    fn source_has_grown(&mut self) {}
+
     /// Handles the end of the broker, while a receiver waits for a sender on the host. The stream
     /// goes on, because both ends outlive the broker. A broker that was killed causes no call.
     fn broker_ended(&mut self) {}
@@ -96,6 +100,15 @@ pub enum StreamError<X> {
     /// `read(2)` from the source failed.
     #[error("cannot read the source")]
     Read(#[source] io::Error),
+    /// The source is a regular file that became shorter while it was sent. The stream has no end,
+    /// so its receiver finds it incomplete.
+    #[error("the source became shorter while it was sent: its last {missing} bytes are missing")]
+    Shrunk {
+        /// Bytes that were not sent, of those that the file had at the start.
+        missing: u64,
+        /// The progress until then.
+        progress: Progress,
+    },
     /// `write(2)` to the target failed.
     #[error("cannot write the target")]
     Write {

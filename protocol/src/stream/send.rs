@@ -8,7 +8,7 @@ use core::time::Duration;
 use libc::c_int;
 
 use super::files::{check, is_fault, is_invalid};
-use super::source::Source;
+use super::source::{Missing, Source};
 use super::wait::Wait;
 use super::{Progress, StreamError, Watch};
 use crate::channel::{Sender, Sent};
@@ -32,7 +32,13 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
 /// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
-/// A socket that passes messages is no source: the result is [`StreamError::Read`].
+/// A regular file is sent up to the size that it has at the start. If it has become longer by then,
+/// `watch` is told ([`Watch::source_has_grown`]). If it becomes shorter, the stream gets no end,
+/// and the result is [`StreamError::Shrunk`]. Files whose size does not tell how many bytes they
+/// have, as in /proc and /sys, are sent to their end.
+///
+/// A folder, a descriptor that is not open for reading, and a socket that passes messages are no
+/// sources: the result is [`StreamError::Read`].
 ///
 /// ```
 /// use std::fs::File;
@@ -72,6 +78,9 @@ where
         true => send_or_drop(sender, &mut source, scratch, watch, &mut total)?,
         false => send_all(sender, &mut source, scratch, watch, &mut total)?,
     };
+    if source.has_grown() {
+        watch.source_has_grown();
+    }
     // Without a beginning, the end would belong to the stream of an earlier sender.
     let begun = begun || mark_watched(sender, Kind::BEGIN, watch, &total)? == Sent::Committed;
     if !begun {
@@ -100,7 +109,10 @@ where
     loop {
         let length = source.read(scratch).map_err(StreamError::Read)?;
         if length == 0 {
-            return Ok(begun);
+            match ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
+            }
         }
         begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
         if !begun || sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped {
@@ -140,9 +152,9 @@ where
         };
         if begun && held == 0 && (length == 0 || !in_place) {
             held = source.read(scratch).map_err(StreamError::Read)?;
-            match held {
-                0 => return Ok(begun),
-                _ => continue,
+            match held == 0 && ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
             }
         }
         // A sender that finds no room takes nothing of its first record from its source. That
@@ -163,7 +175,10 @@ where
         if !begun {
             held = source.read(scratch).map_err(StreamError::Read)?;
             if held == 0 {
-                return Ok(begun);
+                match ends(source, total)? {
+                    true => return Ok(begun),
+                    false => continue,
+                }
             }
             let _ = mark_watched(sender, Kind::BEGIN, watch, total)?;
             begun = true;
@@ -184,13 +199,26 @@ where
             }
         };
         if length == 0 {
-            return Ok(begun);
+            match ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
+            }
         }
         reservation.commit(Kind::DATA, length as u32)?;
         total.bytes += length as u64;
         total.records += 1;
         watch.progress(total);
     }
+}
+
+/// Returns whether a source that was read and had no bytes is at its end.
+fn ends<X>(source: &mut Source, progress: &Progress) -> Result<bool, StreamError<X>> {
+    source
+        .ends()
+        .map_err(|Missing(missing)| StreamError::Shrunk {
+            missing,
+            progress: *progress,
+        })
 }
 
 /// Commits a record without payload: the beginning or the end of a stream. A sender that drops
