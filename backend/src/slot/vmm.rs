@@ -45,13 +45,13 @@ impl Vmm {
         Some(ready != Ok(1))
     }
 
-    /// Returns whether `other` is this process, which lives. So no other process has its ID.
+    /// Returns whether `other` is this process, which lives. So no other process has its ID. The ID
+    /// can be 0 for one of the two only: a predecessor that emptied the slot during a hand-over has
+    /// removed the stored ID, and its successor has the descriptor already.
     pub(super) fn is_same(&self, other: &Vmm) -> bool {
-        match (self.pid, other.pid) {
-            (0, 0) => self
-                .number()
-                .is_some_and(|number| other.number() == Some(number)),
-            (pid, other) => pid == other,
+        match (self.number(), other.number()) {
+            (Some(number), Some(other)) => number == other,
+            _ => self.pid != 0 && self.pid == other.pid,
         }
     }
 
@@ -164,6 +164,8 @@ mod tests {
         // Before Linux 6.9 the kernel has no number for a process.
         if hidden(own).number().is_some() {
             assert!(hidden(own).is_same(&hidden(own)));
+            let named = Vmm::new(own.as_raw_nonzero().get(), of(own));
+            assert!(hidden(own).is_same(&named) && named.is_same(&hidden(own)));
         }
         assert!(!hidden(own).is_same(&hidden(Pid::from_child(&child))));
         child.kill().unwrap();

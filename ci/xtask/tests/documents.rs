@@ -28,7 +28,7 @@ fn files(extension: &str) -> Vec<PathBuf> {
 }
 
 /// Returns the names of all tests in the tree: functions with the test attribute, the driver's
-/// checks, and the scenes with the bare guest.
+/// checks, the scenes with the bare guest, and the tests that executors of QEMU's share.
 fn tests() -> Result<HashSet<String>> {
     let checks = TOPICS.iter().flat_map(|(_, checks)| *checks);
     let mut names: HashSet<_> = checks.map(|(name, _)| (*name).to_owned()).collect();
@@ -39,10 +39,11 @@ fn tests() -> Result<HashSet<String>> {
             let (_, declaration) = rest.split_once("fn ")?;
             Some(declaration.split_once('(')?.0.to_owned())
         }));
-        let scenes = source.split("scene!(").skip(1);
-        names.extend(scenes.filter_map(|rest| {
-            let (scene, _) = rest.split_once(')')?;
-            Some(scene.rsplit_once("::")?.1.to_owned())
+        let listed = ["scene!(", " test!("].map(|list| source.split(list).skip(1));
+        names.extend(listed.into_iter().flatten().filter_map(|rest| {
+            let (test, _) = rest.split_once(')')?;
+            let path = test.split_whitespace().last()?;
+            Some(path.rsplit("::").next()?.to_owned())
         }));
     }
     Ok(names)
