@@ -126,10 +126,10 @@ impl Events for Doorbells {
     }
 
     #[inline(always)]
-    fn check_device_if_due(&mut self, now: Duration) -> Result<(), EventError> {
+    fn check_device_if_due(&mut self, now: Option<Duration>) -> Result<(), EventError> {
         match &mut self.source {
             Source::Host(_) => Ok(()),
-            Source::Guest(events) => events.check_if_due(now),
+            Source::Guest(events) => events.check_if_due(now.unwrap_or_else(monotonic)),
         }
     }
 

@@ -242,7 +242,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         if sent != Sent::Staged {
             return Ok(sent);
         }
-        self.publish()?;
+        self.commit_staged()?;
         Ok(Sent::Committed)
     }
 
@@ -285,6 +285,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     ///
     /// The channel was reset, so that the records may not be in it; or a call of [`Events`] failed.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
+        self.link.check_device_if_due()?;
+        self.commit_staged()
+    }
+
+    /// Commits all staged records as [`Sender::publish`] does, behind a check of the device.
+    #[inline]
+    fn commit_staged(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
         let notify = self.producer.publish();
         self.notify(notify.map_err(|error| self.link.explain(error))?)
@@ -464,7 +471,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     /// Panics if `length` is more than the reserved room.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
         let time = self.link.checked_time()?;
-        self.commit_at(kind, length, time.into())
+        self.commit_stamped(kind, length, time.into())
     }
 
     /// Commits the record as [`SenderReservation::commit`] does, with this time stamp.
@@ -473,6 +480,16 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// Panics if `length` is more than the reserved room.
     pub fn commit_at(
+        self,
+        kind: Kind,
+        length: u32,
+        stamp: Stamp,
+    ) -> Result<(), ChannelError<E::Error>> {
+        self.link.check_device_if_due()?;
+        self.commit_stamped(kind, length, stamp)
+    }
+
+    fn commit_stamped(
         self,
         kind: Kind,
         length: u32,

@@ -110,9 +110,10 @@ pub trait Events {
         Ok(())
     }
 
-    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`.
+    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`. A caller
+    /// that has not read the clock gives no time.
     #[inline(always)]
-    fn check_device_if_due(&mut self, now: Duration) -> Result<(), Self::Error> {
+    fn check_device_if_due(&mut self, now: Option<Duration>) -> Result<(), Self::Error> {
         let _ = now;
         Ok(())
     }
@@ -287,14 +288,22 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         nanoseconds(self.events.now())
     }
 
-    /// Returns the time as [`Link::time`] does, and checks the device if that is due. A sender that
-    /// finds room sees nothing else of a device that has lost its region.
+    /// Returns the time as [`Link::time`] does, and checks the device as
+    /// [`Link::check_device_if_due`] does.
     #[inline(always)]
     pub(crate) fn checked_time(&mut self) -> Result<u64, ChannelError<E::Error>> {
         let now = self.events.now();
-        let checked = self.events.check_device_if_due(now);
+        let checked = self.events.check_device_if_due(Some(now));
         checked.map_err(ChannelError::Device)?;
         Ok(nanoseconds(now))
+    }
+
+    /// Checks the device if that is due. A sender that finds room, or that drops, sees nothing else
+    /// of a device that has lost its region.
+    #[inline(always)]
+    pub(crate) fn check_device_if_due(&mut self) -> Result<(), ChannelError<E::Error>> {
+        let checked = self.events.check_device_if_due(None);
+        checked.map_err(ChannelError::Device)
     }
 
     /// Returns the error of a channel, or that of the device if it is the reason why the channel

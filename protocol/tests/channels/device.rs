@@ -53,8 +53,8 @@ impl Events for Device {
         }
     }
 
-    fn check_device_if_due(&mut self, now: Duration) -> Result<(), Lost> {
-        if now < self.due.get() {
+    fn check_device_if_due(&mut self, now: Option<Duration>) -> Result<(), Lost> {
+        if now.unwrap_or(self.now.get()) < self.due.get() {
             return Ok(());
         }
         self.check_device()
@@ -76,7 +76,10 @@ struct Ends {
 
 impl Ends {
     fn new() -> Self {
-        let (region, layout) = region(4096, false);
+        Self::of(region(4096, false))
+    }
+
+    fn of((region, layout): (Heap, Layout)) -> Self {
         let device = Device::default();
         device.due.set(Duration::MAX);
         let sender = Sender::attach(region.clone(), &layout, 0, device.clone());
@@ -166,9 +169,30 @@ fn sender_notices_loss_when_check_is_due() {
     ends.lose_region(true);
     ends.device.due.set(Duration::ZERO);
     assert_eq!(ends.send(), Err(ChannelError::Device(Lost)));
-    let reservation = ends.sender.reserve(8, LIMIT).unwrap().unwrap();
-    let refused = reservation.commit(Kind::DATA, 8);
-    assert_eq!(refused, Err(ChannelError::Device(Lost)));
+    let lost = Err(ChannelError::Device(Lost));
+    for is_stamped in [false, true] {
+        let reservation = ends.sender.reserve(8, LIMIT).unwrap().unwrap();
+        let refused = match is_stamped {
+            false => reservation.commit(Kind::DATA, 8),
+            true => reservation.commit_at(Kind::DATA, 8, 1.into()),
+        };
+        assert_eq!(refused, lost);
+    }
+    let sent = ends.sender.send_at(Kind::DATA, &RECORD, LIMIT, 1.into());
+    assert_eq!(sent.map(|_| ()), lost);
+    let staged = ends.sender.stage(Kind::DATA, &RECORD, LIMIT, 1);
+    assert_eq!(staged, Ok(Sent::Staged));
+    assert_eq!(ends.sender.publish(), lost);
+}
+
+/// A sender that drops never waits, and an empty region can look like a full channel.
+#[test]
+fn dropping_sender_notices_loss() {
+    let mut ends = Ends::of(region(4096, true));
+    while ends.send() != Ok(Sent::Dropped) {}
+    ends.device.is_lost.set(true);
+    ends.device.due.set(Duration::ZERO);
+    assert_eq!(ends.send(), Err(ChannelError::Device(Lost)));
 }
 
 #[test]
