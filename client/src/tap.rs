@@ -274,10 +274,17 @@ impl Tap {
             }
             for _ in 0..LOOKS_PER_CLOCK {
                 std::hint::spin_loop();
-                let found = self.copy_once(&barlink_protocol::Tap::look, bytes)?;
-                if found.is_some() {
-                    self.spin.has_succeeded();
-                    return Ok(found);
+                match self.copy_once(&barlink_protocol::Tap::look, bytes) {
+                    Ok(None) => (),
+                    Ok(found) => {
+                        self.spin.has_succeeded();
+                        return Ok(found);
+                    }
+                    Err(error) => {
+                        // A region that is lost can look like a channel that was reset.
+                        self.removal.check_region(&self.region)?;
+                        return Err(error);
+                    }
                 }
             }
         }

@@ -153,7 +153,12 @@ fn passed(text: impl Fn(&str) -> Option<String>) -> Result<Vec<(RawFd, String)>,
         .parse()
         .ok()
         .and_then(|count| FIRST.checked_add(count));
-    let numbers = FIRST..last.filter(|last| *last >= FIRST).ok_or_else(|| {
+    // No process can have more descriptors than its limit, which bounds the list of their names.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let is_possible = |last: &i32| {
+        *last >= FIRST && limit.is_none_or(|limit| u64::from(last.unsigned_abs()) <= limit)
+    };
+    let numbers = FIRST..last.filter(is_possible).ok_or_else(|| {
         failed(format!(
             "LISTEN_FDS is `{count}`, which is no number of descriptors"
         ))

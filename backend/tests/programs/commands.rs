@@ -227,6 +227,7 @@ fn missing_passed_descriptors_are_named_with_cure() {
             "LISTEN_FDNAMES has 1 names",
         ),
         ("LISTEN_FDS=x", "LISTEN_FDS is `x`"),
+        ("LISTEN_FDS=2147483644", "LISTEN_FDS is `2147483644`"),
     ] {
         let mut command = std::process::Command::new("sh");
         let script = format!("exec 3<&-; LISTEN_PID=$$ {variables} exec \"$0\" \"$@\"");
