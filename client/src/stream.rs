@@ -505,12 +505,14 @@ impl<'a> StreamReader<'a> {
         loop {
             // A sender that has left sends no more, but its committed records are still there. Its
             // presence is looked at only while there is no record, because each look goes over the
-            // bus in a guest.
+            // bus in a guest. The look is stored, so that the wait notices a sender that leaves
+            // after it.
             let begun = self.receiver.stream_position().begun;
-            let is_idle = begun && !self.receiver.ring().poll().map_err(Error::from)?;
-            let away = is_idle && !self.receiver.is_peer_present();
+            let ring = self.receiver.ring();
+            let is_idle = begun && !ring.poll().map_err(Error::from)?;
+            let away = is_idle && ring.look_at_peer().map_err(Error::from)?;
             let timeout = away.then_some(Duration::ZERO);
-            match self.receiver.ring().wait(timeout).map_err(Error::from)? {
+            match ring.wait(timeout).map_err(Error::from)? {
                 Wakeup::Ready => return Ok(()),
                 Wakeup::TimedOut if away => return Err(self.incomplete()),
                 Wakeup::TimedOut | Wakeup::PeerChanged => (),

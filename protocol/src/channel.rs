@@ -588,6 +588,19 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         self.link.peer_is_away()
     }
 
+    /// Looks at the other end as [`Receiver::wait`] does, and returns whether no process holds it.
+    /// The next wait reports what changed since this look. A sender that comes and leaves while
+    /// this end has records is no change for a wait, so a program that waits for a sender to leave
+    /// looks here first. The result is false between two VMs, which cannot see each other.
+    ///
+    /// # Errors
+    ///
+    /// The device is gone or has lost its region, or a ring failed.
+    pub fn look_at_peer(&mut self) -> Result<bool, ChannelError<E::Error>> {
+        self.link.look_at_peer()?;
+        Ok(self.link.has_no_peer())
+    }
+
     /// Returns whether the channel was reset before this end attached. Such an end never sleeps
     /// without a fallback poll, because an end that lives on through the reset can replace its wake
     /// threshold. A program that waits by other means polls as well.

@@ -239,6 +239,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         self.words.is_some() && !self.read_peer().is_held()
     }
 
+    /// Returns whether no process held the other end, as last seen. The result is false between two
+    /// VMs, which cannot see each other.
+    pub(crate) fn has_no_peer(&self) -> bool {
+        self.words.is_some() && !self.peer.is_held()
+    }
+
     /// Returns an error if this process must not act as this end.
     #[inline(always)]
     pub(crate) fn check(&self) -> Result<(), ChannelError<E::Error>> {

@@ -11,8 +11,9 @@ use crate::args::{Recv, Send, Tail, Which};
 
 pub fn send(args: &Send) -> Result<()> {
     stream::send(&args.stream, &args.channel, || {
-        let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;
+        let attachment = super::attach(&args.which, Access::ReadWrite)?;
         let sender = attachment.sender(&args.channel)?;
+        watch(&attachment, &args.which, args.stream.json);
         let confirm = move || super::confirm(&attachment, &args.which, Some(&args.channel));
         Ok((sender, confirm))
     })
@@ -20,28 +21,32 @@ pub fn send(args: &Send) -> Result<()> {
 
 pub fn recv(args: &Recv) -> Result<()> {
     if args.stream.tap || args.stream.latest {
-        let attachment = attach(&args.which, Access::ReadOnly, args.stream.json)?;
+        let attachment = super::attach(&args.which, Access::ReadOnly)?;
+        watch(&attachment, &args.which, args.stream.json);
         let begin = || Ok(attachment.tap(&args.channel)?);
         return tap::receive(&args.stream, &args.channel, begin);
     }
     stream::receive(&args.stream, &args.channel, || {
-        let attachment = attach(&args.which, Access::ReadWrite, args.stream.json)?;
-        Ok(attachment.receiver(&args.channel)?)
+        let attachment = super::attach(&args.which, Access::ReadWrite)?;
+        let receiver = attachment.receiver(&args.channel)?;
+        watch(&attachment, &args.which, args.stream.json);
+        Ok(receiver)
     })
 }
 
 pub fn tail(args: &Tail) -> Result<()> {
-    let attachment = attach(&args.which, Access::ReadOnly, false)?;
-    tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
+    let attachment = super::attach(&args.which, Access::ReadOnly)?;
+    let tap = attachment.tap(&args.channel)?;
+    watch(&attachment, &args.which, false);
+    tail::tail(&args.tail, &args.channel, tap)
 }
 
-/// Attaches for a stream, which goes on if the connection to the broker ends. Standard error
-/// reports that end, unless it is for JSON.
-fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
-    let attachment = super::attach(which, access)?;
+/// Reports the end of the connection to the broker on standard error, unless that is for JSON. The
+/// stream goes on. So the watch begins once the end is claimed: a claim that fails closes the
+/// connection, too.
+fn watch(attachment: &Attachment, which: &Which, json: bool) {
     if !json {
         let which = which.clone();
-        notice::watch_broker(&attachment, move || super::found(&super::look(&which)));
+        notice::watch_broker(attachment, move || super::found(&super::look(&which)));
     }
-    Ok(attachment)
 }

@@ -88,16 +88,20 @@ where
 {
     region::check_writable(target).map_err(|source| failed(source, 0))?;
     receiver.set_strategy(Strategy::STREAM);
-    if receiver.peer().is_without_broker() {
-        watch.broker_ended();
-    }
+    let mut has_broker = true;
     let mut buffer = PrivateBuffer::default();
     let mut wait = Wait::default();
     loop {
         // If the sender has left, the channel still has the records that it committed, and no
         // further ones come. Its presence is looked at only while there is no record, because each
-        // look goes over the bus in a guest.
-        let away = position.begun && !receiver.poll()? && receiver.peer_is_away();
+        // look goes over the bus in a guest. The look is stored, so that the wait notices a sender
+        // that leaves after it.
+        let away = position.begun && !receiver.poll()? && receiver.look_at_peer()?;
+        let had_broker = has_broker;
+        has_broker = !receiver.peer().is_without_broker();
+        if had_broker && !has_broker {
+            watch.broker_ended();
+        }
         let report_after = watch.report_after().filter(|_| total.records == 0);
         let time = match away {
             true => Some(Duration::ZERO),
@@ -119,12 +123,7 @@ where
                 }
                 continue;
             }
-            Wakeup::PeerChanged => {
-                if receiver.peer().is_without_broker() {
-                    watch.broker_ended();
-                }
-                continue;
-            }
+            Wakeup::PeerChanged => continue,
         }
         let Some(record) = receiver.record() else {
             continue;

@@ -120,6 +120,46 @@ fn receiver_takes_all_of_departed_sender() {
     }
 }
 
+/// Lets a wait of a stream time out.
+struct Limit(Duration);
+
+impl Watch for Limit {
+    fn timeout(&self) -> Option<Duration> {
+        Some(self.0)
+    }
+}
+
+/// Lets a sender leave within its stream, before any look of a receiver that attached before the
+/// sender did. The last presence that a wait of the receiver noticed is that of no sender, too.
+#[test]
+fn receiver_notices_sender_that_came_later() {
+    for moment in 0..80 {
+        let (plain, layout) = region(4096, false);
+        hold(&plain, &layout, 0);
+        let words: Memory = (0..plain.size() / 8)
+            .map(|index| AtomicU64::new(plain.load(8 * index)))
+            .collect();
+        let (a, b) = notifiers();
+        let region: Heap = Region::new(words.clone());
+        let memory = Interrupted::new(words);
+        let mut receiver = Receiver::attach(Region::new(memory.clone()), &layout, 0, b).unwrap();
+        hold(&region, &layout, 2);
+        let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
+        send(&mut sender, Kind::BEGIN, &[]);
+        send(&mut sender, Kind::DATA, b"four");
+        let departed = layout.clone();
+        memory.interrupt(moment, move || hold(&region, &departed, 0));
+        let received = receive(
+            &mut receiver,
+            nowhere().as_raw_fd(),
+            Accept::default(),
+            &mut Position::default(),
+            &mut Limit(TIMEOUT),
+        );
+        assert_eq!(outcome(received), Err(4), "before look {moment}");
+    }
+}
+
 #[test]
 fn receiver_waits_for_late_sender() {
     let (region, layout) = region(4096, false);
