@@ -3,7 +3,7 @@
 //! The removal of a guest's device. From then on an access to its mappings is SIGBUS, so a program
 //! that has waited looks for the removal before it touches the region again.
 
-use std::fs::File;
+use std::fmt::Debug;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,34 +19,43 @@ pub(crate) fn wait(device: impl AsFd, timeout: Option<Duration>) -> Result<bool,
     // The two events of a device that is gone come without being requested.
     let mut files = [PollFd::new(&device, PollFlags::empty())];
     match rustix::event::poll(&mut files, timeout.as_ref()) {
-        Ok(_) => Ok(files[0].revents().contains(PollFlags::HUP)),
+        Ok(_) => Ok(files[0]
+            .revents()
+            .intersects(PollFlags::HUP | PollFlags::ERR)),
         Err(Errno::INTR) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
+/// A device that can go.
+pub(crate) trait Removable: Debug + Send + Sync {
+    /// Waits until the device is gone, for `timeout` at the most, `None` for no limit. Returns
+    /// whether it is gone. A signal can end the wait.
+    fn wait(&self, timeout: Option<Duration>) -> Result<bool, Errno>;
+}
+
 /// The device behind a region, if there is one.
 #[derive(Clone, Debug)]
-pub struct Removal(Option<Arc<File>>);
+pub struct Removal(Option<Arc<dyn Removable>>);
 
 impl Removal {
     /// A region of a broker, which no process can take away.
     pub(crate) const NEVER: Self = Removal(None);
 
-    /// Returns the removal of the device that a file belongs to.
-    pub(crate) fn of(device: &Arc<File>) -> Self {
-        Removal(Some(Arc::clone(device)))
+    /// Returns the removal of a device.
+    pub(crate) fn of(device: Arc<dyn Removable>) -> Self {
+        Removal(Some(device))
     }
 
     /// Returns whether the device is gone.
     pub(crate) fn has_come(&self) -> bool {
         let device = self.0.as_ref();
-        device.is_some_and(|device| wait(device, Some(Duration::ZERO)).unwrap_or(false))
+        device.is_some_and(|device| device.wait(Some(Duration::ZERO)).unwrap_or(false))
     }
 
     /// Sleeps for a time, or until the device is gone.
     pub(crate) fn sleep(&self, time: Duration) {
-        let slept = self.0.as_ref().map(|device| wait(device, Some(time)));
+        let slept = self.0.as_ref().map(|device| device.wait(Some(time)));
         if !matches!(slept, Some(Ok(_))) {
             std::thread::sleep(time);
         }

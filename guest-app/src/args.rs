@@ -19,7 +19,8 @@ pub struct Cli {
     pub command: Command,
     /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
     /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
-    /// numbers change
+    /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver;
+    /// the only one is used where /dev/barlink0 is missing
     #[arg(
         long,
         global = true,
@@ -92,7 +93,7 @@ Exit codes:
   2    invalid command line
   3    no device, or the device is gone
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
-       another cache mode
+       another cache mode; or a driver has the device that sysfs:… names
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
        the beginning is missing (--partial); `send` had to drop the end; `echo` missed records or

@@ -33,7 +33,9 @@ fn blocks(readme: &str) -> Result<Vec<Block>> {
     for part in readme.split("```sh\n").skip(1) {
         let commands = part.split("```").next().unwrap_or_default();
         blocks.push(match commands.split_once('\n') {
-            Some((place, commands)) if place.starts_with("# on the host") => Block::Host(commands.to_owned()),
+            Some((place, commands)) if place.starts_with("# on the host") => {
+                Block::Host(commands.to_owned())
+            }
             Some(("# in the guest", commands)) => Block::Guest(commands.to_owned()),
             _ => anyhow::bail!("a block does not say where it runs: {commands}"),
         });

@@ -7,16 +7,14 @@
 //! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
 //! only a broker that has not answered for ten seconds is silent.
 
-use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
-use crate::guest::calls;
+use crate::guest::interface::Interface;
 use crate::memory::RingRegion;
-use crate::removal;
 
 /// Length of a sleep before the end asks.
 const SLEEP: Duration = Duration::from_secs(1);
@@ -79,7 +77,7 @@ impl Course {
 /// The means to ask, which a device and its ends share.
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
-    file: Arc<File>,
+    interface: Interface,
     region: RingRegion,
     /// Offset of the answer word.
     answer: u64,
@@ -104,12 +102,17 @@ impl Unanswered {
 }
 
 impl Asker {
-    /// Creates the means to ask by a file that is open for writing, for the device of a slot.
-    pub(crate) fn new(file: Arc<File>, region: RingRegion, layout: &Layout, slot: u32) -> Self {
+    /// Creates the means to ask by an interface that is open for writing, for the device of a slot.
+    pub(crate) fn new(
+        interface: Interface,
+        region: RingRegion,
+        layout: &Layout,
+        slot: u32,
+    ) -> Self {
         let page = layout.presence_page(layout.host());
         let is_mapped = page + PAGE_SIZE <= region.size();
         Asker {
-            file,
+            interface,
             region,
             answer: BROKER_PAGE + presence::ANSWERS + 8 * u64::from(slot),
             epoch: is_mapped.then_some(page + presence::EPOCH),
@@ -120,7 +123,7 @@ impl Asker {
     /// Returns whether the broker has ended in good order: its epoch is even then. The epoch is in
     /// the device's memory, so a device that is gone cannot tell.
     pub(crate) fn has_ended(&self) -> bool {
-        if removal::wait(&self.file, Some(Duration::ZERO)) != Ok(false) {
+        if self.interface.wait_until_gone(Some(Duration::ZERO)) != Ok(false) {
             return false;
         }
         let epoch = self.epoch.map_or(0, |epoch| self.region.load(epoch));
@@ -129,13 +132,13 @@ impl Asker {
 
     /// Asks once. Returns the number of the question.
     fn ask(&self) -> Result<u64, Errno> {
-        calls::ask(&self.file)
+        self.interface.ask()
     }
 
     /// Returns whether a question was answered: by its own number, or by that of a later one. The
     /// answer is in the device's memory, so the device must still be there.
     fn is_answered(&self, question: u64) -> Result<bool, Errno> {
-        if removal::wait(&self.file, Some(Duration::ZERO))? {
+        if self.interface.wait_until_gone(Some(Duration::ZERO))? {
             return Err(Errno::NODEV);
         }
         let answer = self.region.load(self.answer);
@@ -157,7 +160,7 @@ impl Asker {
             match course.step(start.elapsed()) {
                 Step::Ask => question = Some(self.ask()?),
                 Step::Wait(longest) => {
-                    removal::wait(&self.file, Some(pause.min(longest)))?;
+                    self.interface.wait_until_gone(Some(pause.min(longest)))?;
                     pause = (pause * 2).min(LONGEST_LOOK);
                 }
                 Step::Unanswered => {

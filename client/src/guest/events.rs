@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Doorbells in the guest: the driver's ioctl rings, and its file wakes.
+//! Doorbells in the guest: the driver's ioctl rings, and its file wakes. Without a driver a register
+//! rings, and nothing wakes.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::FIRST_FALLBACK_POLL;
@@ -14,7 +16,17 @@ use rustix::io::Errno;
 use crate::event_error::EventError;
 use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
-use crate::removal;
+use crate::guest::interface::EndInterface;
+use crate::guest::sysfs;
+use crate::removal::{self, Removable};
+use crate::timer::Timer;
+
+/// Longest sleep of an end without a driver. The link makes each sleep of a wait twice as long as
+/// the one before.
+const LONGEST_SLEEP: Duration = Duration::from_millis(10);
+
+/// Time between two looks of an end that does not wait, whether its device is gone.
+const LOOK: Duration = Duration::from_millis(100);
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -26,32 +38,63 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
 /// The device events of one end of a channel. Its claim ends when this is dropped.
 #[derive(Debug)]
 pub struct DeviceEvents {
-    file: File,
+    source: Source,
     other: uapi::Doorbell,
-    wakes: bool,
     questions: Option<SleepQuestions>,
 }
 
+#[derive(Debug)]
+enum Source {
+    /// A file of the driver, which is non-blocking. `wakes` says whether the channel has a vector
+    /// here.
+    Driver { file: File, wakes: bool },
+    /// A claim without a driver, and a descriptor that is never readable.
+    Sysfs {
+        claim: sysfs::Claim,
+        never: Timer,
+        /// Time of the last look whether the device is gone, in milliseconds.
+        looked: AtomicU64,
+    },
+}
+
 impl DeviceEvents {
-    /// Waits on a file that holds the claim, and is non-blocking. `other` rings the other end;
-    /// `wakes` says whether the channel has a vector here, and `questions` asks for the broker.
+    /// Waits by the interface that holds the claim. `other` rings the other end, and `questions`
+    /// asks for the broker.
     pub(crate) fn new(
-        file: File,
+        end: EndInterface,
         other: uapi::Doorbell,
-        wakes: bool,
         questions: Option<SleepQuestions>,
-    ) -> Self {
-        DeviceEvents {
-            file,
+    ) -> Result<Self, EventError> {
+        let source = match end {
+            EndInterface::Driver { file, wakes } => Source::Driver { file, wakes },
+            EndInterface::Sysfs(claim) => {
+                let never = Timer::new()?;
+                never.set(Duration::ZERO);
+                Source::Sysfs {
+                    claim,
+                    never,
+                    looked: AtomicU64::new(0),
+                }
+            }
+        };
+        Ok(DeviceEvents {
+            source,
             other,
-            wakes,
             questions,
-        }
+        })
     }
 
     /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
-        self.wakes
+        matches!(self.source, Source::Driver { wakes: true, .. })
+    }
+
+    /// Returns the longest time between two looks of an end that nothing wakes.
+    pub(crate) fn longest_poll(&self) -> Duration {
+        match self.source {
+            Source::Driver { .. } => FIRST_FALLBACK_POLL,
+            Source::Sysfs { .. } => LONGEST_SLEEP,
+        }
     }
 
     /// Returns whether the vector of this channel has fired. Both ends of a channel have the same
@@ -65,35 +108,70 @@ impl DeviceEvents {
 
     /// Returns whether the device is gone, and an access of its memory is SIGBUS.
     pub(crate) fn is_gone(&self) -> bool {
-        removal::wait(&self.file, Some(Duration::ZERO)).unwrap_or(false)
+        let now = Some(Duration::ZERO);
+        let is_gone = match &self.source {
+            Source::Driver { file, .. } => removal::wait(file, now),
+            Source::Sysfs { claim, .. } => claim.session().wait(now),
+        };
+        is_gone.unwrap_or(false)
+    }
+
+    /// Returns whether the device is gone, for an end that does not wait, at this time of its clock.
+    /// Looks seldom, and only where the kernel leaves the mapping of a removed device in place.
+    pub(crate) fn looks_gone(&self, now: Duration) -> bool {
+        let Source::Sysfs { looked, .. } = &self.source else {
+            return false;
+        };
+        let now = now.as_millis() as u64;
+        if now.wrapping_sub(looked.load(Ordering::Relaxed)) < LOOK.as_millis() as u64 {
+            return false;
+        }
+        looked.store(now, Ordering::Relaxed);
+        self.is_gone()
     }
 
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
-        calls::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
+        match &self.source {
+            Source::Driver { file, .. } => {
+                calls::ring(file, self.other).map_err(failed("ring a doorbell"))
+            }
+            Source::Sysfs { claim, .. } => {
+                claim.session().ring(self.other.peer, self.other.vector);
+                Ok(())
+            }
+        }
     }
 
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
-        let may_have_fired = if self.wakes {
+        let may_have_fired = if self.wakes() {
             self.becomes_readable_or_asks(timeout)?
         } else {
             // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
             // would keep the file readable.
-            let interval = FIRST_FALLBACK_POLL;
+            let interval = self.longest_poll();
             self.begin(timeout);
             self.ask();
             std::thread::sleep(timeout.unwrap_or(interval).min(interval));
             self.slept(false);
             true
         };
-        if !may_have_fired {
-            return Ok(false);
-        }
+        let file = match &self.source {
+            Source::Driver { file, .. } if may_have_fired => file,
+            Source::Driver { .. } => return Ok(false),
+            Source::Sysfs { claim, .. } => {
+                if self.is_gone() {
+                    return Err(EventError::Gone);
+                }
+                claim.session().sweep();
+                return Ok(false);
+            }
+        };
         let mut fired = [0; size_of::<uapi::Interrupts>()];
-        match rustix::io::read(&self.file, &mut fired) {
-            Ok(_) => Ok(self.wakes && self.has_fired(&fired)),
+        match rustix::io::read(file, &mut fired) {
+            Ok(_) => Ok(self.wakes() && self.has_fired(&fired)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(false),
             Err(error) => Err(failed("wait for an interrupt")(error)),
         }
@@ -142,7 +220,7 @@ impl DeviceEvents {
             .map(rustix::time::Timespec::try_from)
             .transpose()
             .unwrap_or(None);
-        let mut files = [PollFd::new(&self.file, PollFlags::IN)];
+        let mut files = [PollFd::new(self, PollFlags::IN)];
         match rustix::event::poll(&mut files, timeout.as_ref()) {
             Ok(0) | Err(Errno::INTR) => Ok(false),
             Ok(_) => Ok(true),
@@ -153,6 +231,9 @@ impl DeviceEvents {
 
 impl AsFd for DeviceEvents {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        match &self.source {
+            Source::Driver { file, .. } => file.as_fd(),
+            Source::Sysfs { never, .. } => never.as_fd(),
+        }
     }
 }

@@ -24,7 +24,9 @@ mod device;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
+pub(crate) mod interface;
 mod node;
+pub(crate) mod sysfs;
 mod watch;
 
 use std::path::Path;
@@ -34,6 +36,7 @@ pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
+pub use sysfs::error::SysfsError;
 pub use watch::BrokerWatch;
 
 use crate::error::Error;

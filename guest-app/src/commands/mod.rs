@@ -28,6 +28,15 @@ pub fn run(cli: &Cli) -> Result<()> {
         .cache(cli.cache.0)
         .access(access)
         .open(&cli.device)?;
+    let is_named = cli.device.to_str() == device.path().to_str();
+    if !device.has_driver() && !is_named {
+        let _ = writeln!(
+            stderr(),
+            "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
+             keep out others)",
+            device.path().display()
+        );
+    }
     if let Some(choice) = device.choice() {
         // `eprintln` would panic where standard error is closed.
         let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
