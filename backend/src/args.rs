@@ -31,18 +31,45 @@ Exit codes:
   4    another process holds the end of the channel, or the broker is busy: try again
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end
+       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter
   7    no record came, or there was no room for one, within --timeout
   8    the broker has ended, and no program is known to have received what was sent
-  130  interrupted by Ctrl-C; `serve` ends with 0 then";
+  130  interrupted by Ctrl-C; `serve` ends with 0 then
+
+Environment (an empty variable counts as not set):
+  RUST_LOG         lines of the log: off, error, warn, info, debug or trace. By default `serve` logs
+                   info, the other commands warn
+  RUST_LOG_STYLE   auto, always or never: colors of the log
+  NO_COLOR         no colors
+  TERM             no colors in the log of `serve` if it is dumb
+  XDG_RUNTIME_DIR  folder of the control sockets; see --name";
+
+const AFTER_SERVE: &str = "\
+Example:
+  barlink serve --ivshmem /tmp/vm.sock --size 64M \\
+      --channel camera=up,16M,drop --channel commands=down,64K
+
+Environment (an empty variable counts as not set):
+  RUST_LOG         lines of the log: off, error, warn, info (the default), debug or trace. debug adds
+                   host apps that come and go
+  RUST_LOG_STYLE   auto, always or never: colors of the log
+  NO_COLOR         no colors
+  TERM             no colors if it is dumb
+  XDG_RUNTIME_DIR  folder of the control socket; see --name
+
+Set by systemd, or by another service manager:
+  NOTIFY_SOCKET    receives notices and descriptors to store
+  FDSTORE          number of descriptors that the manager stores. 0 means that it stores none
+  LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES
+                   the stored descriptors, of a predecessor
+  SYSTEMD_EXEC_PID the process that is the service
+  MAINPID          set for a check before a reload
+  JOURNAL_STREAM   the journal, whose lines need no time";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve a region to VMs and host apps, until interrupted
-    #[command(
-        after_help = "Example:\n  barlink serve --ivshmem /tmp/vm.sock --size 64M \\\n      \
-                            --channel camera=up,16M,drop --channel commands=down,64K"
-    )]
+    #[command(after_help = AFTER_SERVE)]
     Serve(Serve),
     /// Send a file or standard input to a guest
     #[command(
@@ -68,13 +95,15 @@ pub enum Command {
                             has seen no new record itself, as in `≥12 s`, and --once and --json show nothing.\n\n\
                             Keys:\n  arrows, page up, page down, home, end   move through the bytes\n  \
                             tab                                     next part of the region\n  \
-                            q, Esc, Ctrl-C                          quit"
+                            q, Esc, Ctrl-C                          quit\n\n\
+                            Example:\n  barlink inspect --once"
     )]
     Inspect(Inspect),
     /// List the brokers that this user can reach by their names
     #[command(
         after_help = "The list has the brokers whose control sockets are in barlink/ in $XDG_RUNTIME_DIR,\n\
-                            /run/user/UID and /run, and leaves out those with another --control socket."
+                            /run/user/UID and /run, and leaves out those with another --control socket.\n\n\
+                            Example:\n  barlink list"
     )]
     List(List),
     /// Print bytes of the raw window, or of a guest's memory
@@ -94,6 +123,9 @@ pub enum Command {
     )]
     ResetChannel(ResetChannel),
     /// Add a channel to a region that is in use, or list its channels
+    #[command(
+        after_help = "Example:\n  barlink channel add lidar=up,8M,drop\n  barlink channel list"
+    )]
     Channel(Channel),
     /// Print the QEMU arguments, or the libvirt elements, that add the device to a VM
     #[command(
@@ -124,18 +156,19 @@ pub struct Which {
 pub struct Serve {
     #[command(flatten)]
     pub sockets: Sockets,
-    /// Size of the region in bytes, a power of two; K, M and G are powers of 1024
+    /// Size of the region, a power of two: bytes, or a number with the unit K, M or G (powers of
+    /// 1024)
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub size: u64,
-    /// Add a channel: NAME=DIRECTION,SIZE[,POLICY]. DIRECTION is up (slot 0 to host), down (host to
-    /// slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of two, 4K or more. POLICY
-    /// is for a channel that is full: with `wait`, the default, the sender waits; with `drop` it
-    /// drops its record; with `overwrite` it writes over the oldest records. Such a channel has no
-    /// receiver, but taps (`recv --tap`, `tail`), and its DIRECTION is up, down or FROM-taps. By
-    /// default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and so on, as large as
-    /// fits. Sizes are powers of two, so about half of the region then belongs to no channel: it is
-    /// the raw window, for `peek` and `poke`. Channels of different sizes use more of it: --channel
-    /// up=up,32M --channel down=down,16M for 64M
+    /// Add a channel; can be repeated: NAME=DIRECTION,SIZE[,POLICY]. DIRECTION is up (slot 0 to
+    /// host), down (host to slot 0), or FROM-TO with slot numbers or `host`. SIZE is a power of
+    /// two, 4K or more. POLICY is for a channel that is full: with `wait`, the default, the sender
+    /// waits; with `drop` it drops its record; with `overwrite` it writes over the oldest records.
+    /// Such a channel has no receiver, but taps (`recv --tap`, `tail`), and its DIRECTION is up,
+    /// down or FROM-taps. By default, slot 0 has `up` and `down`, slot 1 has `up1` and `down1`, and
+    /// so on, as large as fits. Sizes are powers of two, so about half of the region then belongs
+    /// to no channel: it is the raw window, for `peek` and `poke`. Channels of different sizes use
+    /// more of it: --channel up=up,32M --channel down=down,16M for 64M
     #[arg(long, value_name = "CHANNEL")]
     pub channel: Vec<ChannelPlan>,
     /// Keep room for channels that `barlink channel add` makes while VMs and host apps go on:
@@ -145,21 +178,22 @@ pub struct Serve {
     /// vectors
     #[arg(long, value_name = "RESERVE")]
     pub reserve: Option<Reserve>,
-    /// Number of interrupt vectors of each peer [default: one for each channel, and one more]
+    /// Number of interrupt vectors of each peer, at most 256 [default: one for each channel, and
+    /// one more]
     #[arg(long, value_name = "COUNT", default_value_t = 0, hide_default_value = true,
           value_parser = clap::value_parser!(u32).range(0..=256))]
     pub vectors: u32,
-    /// Admit processes of this user, by name or number, besides the broker's own user and root.
-    /// Every user can then see the sockets, but the broker rejects other users
+    /// Admit processes of this user, by name or number, besides the broker's own user and root; can
+    /// be repeated. Every user can then see the sockets, but the broker rejects other users
     #[arg(long, value_name = "USER")]
     pub allow_user: Vec<String>,
     /// Admit processes of this group, by name or number, as --allow-user does for a user. A process
     /// belongs to the groups that it had when it connected
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
-    /// Admit host apps of this user, by name or number, for reading only: `tail`, `recv --tap`,
-    /// `recv --latest`, `inspect`, `peek` and taps in programs. They can neither claim an end of a
-    /// channel nor write, and cannot connect to the sockets for VMs
+    /// Admit host apps of this user, by name or number, for reading only; can be repeated. They can
+    /// use `tail`, `recv --tap`, `recv --latest`, `inspect`, `peek` and taps in programs. They
+    /// cannot claim an end of a channel, write, or connect to the sockets for VMs
     #[arg(long, value_name = "USER")]
     pub allow_reader: Vec<String>,
     /// Admit host apps of this group for reading only, as --allow-reader does for a user
@@ -184,7 +218,7 @@ pub struct Serve {
 #[derive(Debug, Args)]
 #[group(id = "sockets", required = true, multiple = true)]
 struct SocketArgs {
-    /// Create a socket for one VM that uses QEMU's ivshmem-doorbell. Repeat the option for more VMs
+    /// Create a socket for one VM that uses QEMU's ivshmem-doorbell; can be repeated for more VMs
     /// on the same region. The sockets have the slots 0, 1 and so on, in the order of the command
     /// line
     #[arg(long, value_name = "SOCKET")]
@@ -286,8 +320,7 @@ pub struct Inspect {
     /// Print one snapshot as JSON and exit
     #[arg(long)]
     pub json: bool,
-    /// Print one snapshot as text and exit; the default if standard input or output is not a
-    /// terminal
+    /// Print one snapshot as text and exit [default if standard input or output is not a terminal]
     #[arg(long, conflicts_with = "json")]
     pub once: bool,
     #[command(flatten)]
@@ -350,6 +383,7 @@ pub enum ChannelCommand {
     #[command(after_help = "Example:\n  barlink channel add lidar=up,8M,drop")]
     Add(AddChannel),
     /// List the channels, and the room for more
+    #[command(after_help = "Example:\n  barlink channel list --json")]
     List(ListChannels),
 }
 
@@ -441,7 +475,7 @@ mod tests {
             values.flat_map(|(_, value)| value.split(' ')).collect()
         };
         let before = named("Before");
-        // VMs of libvirt are scopes in machine.slice, which end after the daemons.
+        // libvirt runs its VMs as scopes in machine.slice. They end after libvirt's daemons.
         for unit in [
             "machine.slice",
             "libvirtd.service",
@@ -453,7 +487,7 @@ mod tests {
                 assert!(!named(key).contains(&unit), "{key}={unit}");
             }
         }
-        // Without these, systemd starts it late, or ends it early or not at all.
+        // Without these properties, systemd starts the broker late, or ends it early or not at all.
         assert!(named("DefaultDependencies").is_empty());
         assert_eq!(named("WantedBy"), ["multi-user.target"]);
     }

@@ -6,6 +6,7 @@
 //! with the crate `barlink`.
 
 pub mod broker;
+pub mod environment;
 pub mod memory;
 pub mod persistence;
 mod rate_limit;

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use barlink_broker::broker::confine_early_thread;
-use env_logger::{Builder, Env, Target, WriteStyle};
+use barlink_broker::environment::{text, variable};
+use env_logger::{Builder, Target, WriteStyle};
 use log::{Level, LevelFilter, error};
 use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -48,7 +49,7 @@ pub fn start_queued() -> io::Result<LineQueue> {
             drop::<SyncSender<()>>(confined);
             write_entries(&entries, &left_out, write_some);
         })?;
-    // The thread sends nothing: it drops its end.
+    // The thread sends nothing. It drops its end once it is confined, which ends this wait.
     let _ = is_confined.recv();
     let mut builder = builder(LevelFilter::Info, style());
     if is_journal() {
@@ -73,11 +74,8 @@ pub fn start_queued() -> io::Result<LineQueue> {
 /// Returns the style of lines for standard error. `env_logger` examines standard error only if it
 /// writes to it itself.
 fn style() -> WriteStyle {
-    let is_set = |name, value: Option<&str>| match std::env::var_os(name) {
-        Some(found) => value.is_none_or(|value| found == value),
-        None => false,
-    };
-    let is_plain = is_set("NO_COLOR", None) || is_set("TERM", Some("dumb"));
+    let is_dumb = variable("TERM").is_some_and(|terminal| terminal == "dumb");
+    let is_plain = variable("NO_COLOR").is_some() || is_dumb;
     match stderr().is_terminal() && !is_plain {
         true => WriteStyle::Always,
         false => WriteStyle::Never,
@@ -93,15 +91,20 @@ fn builder(level: LevelFilter, style: WriteStyle) -> Builder {
     for chatty in ["vhost", "virtio_queue"] {
         builder.filter_module(chatty, LevelFilter::Off);
     }
-    let level = level.as_str();
-    builder.parse_env(Env::default().default_filter_or(level));
+    match text("RUST_LOG") {
+        Some(filters) => builder.parse_filters(&filters),
+        None => builder.filter_level(level),
+    };
+    if let Some(style) = text("RUST_LOG_STYLE") {
+        builder.parse_write_style(&style);
+    }
     builder
 }
 
 /// Returns whether standard error is the journal: `JOURNAL_STREAM` then has its device and inode
 /// (`systemd.exec(5)`).
 fn is_journal() -> bool {
-    let Some(stream) = std::env::var("JOURNAL_STREAM").ok() else {
+    let Some(stream) = text("JOURNAL_STREAM") else {
         return false;
     };
     fstat(stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
@@ -160,7 +163,7 @@ fn write_entries(
     left_out: &AtomicU64,
     mut write: impl FnMut(&[u8]) -> Result<usize, Errno>,
 ) {
-    // Whether the last line was written in part only.
+    // True if the last line was written in part only.
     let mut is_torn = false;
     let mut write_line = |mut line: Vec<u8>| {
         if is_torn {
@@ -257,7 +260,8 @@ mod tests {
         });
         let text = String::from_utf8(written).unwrap();
         let lines: Vec<_> = text.lines().collect();
-        // The second and the third line could not be written, and the first two counts could not.
+        // The disk refused the second and the third line, and the first two reports of lines left
+        // out.
         assert_eq!(lines[..4], ["one", "t", "four", "five"], "{text}");
         assert!(lines[4].contains(" 4 log lines were left out"), "{text}");
         assert_eq!(lines.len(), 5, "{text}");

@@ -65,7 +65,7 @@ impl RateLimit {
 
     /// Logs a message, unless the account has used up its lines.
     pub fn log(&self, account: Account, level: Level, message: Arguments<'_>) {
-        // A line that is not logged uses up nothing.
+        // A line that the log's level leaves out does not count against the limit.
         if !log::log_enabled!(target: TARGET, level) {
             return;
         }
@@ -144,7 +144,8 @@ mod tests {
         let mut now = Instant::now();
         let (mut caused, mut told) = (0, 0);
         for round in 0..10 {
-            // More accounts than are counted at a time, each with another number of lines.
+            // These are more accounts than are counted at a time. They log different numbers of
+            // lines.
             for user in 0..100 {
                 let times = (user * 7 + round) % 23;
                 let lines = logged(&limit, Account::User(user as u32), times, now);
@@ -153,7 +154,7 @@ mod tests {
             }
             now += INTERVAL;
         }
-        // The next line of each account tells of those before it.
+        // The next line of each account reports the lines that were left out before it.
         let waiting: Vec<_> = limit.0.lock().keys().copied().collect();
         for account in waiting {
             let lines = logged(&limit, account, 1, now);

@@ -50,8 +50,8 @@ const CRATES: [Crate; 4] = [
 ];
 
 const PROTOCOL: Parts = &[
-    ("aligned", &[]),
     ("io", &[]),
+    ("aligned", &["io"]),
     ("strategy", &[]),
     ("sync", &[]),
     ("wire", &[]),
@@ -99,10 +99,14 @@ const PROTOCOL: Parts = &[
 ];
 
 const BACKEND: Parts = &[
+    ("environment", &[]),
     ("memory", &[]),
     ("rate_limit", &[]),
     ("socket", &["rate_limit"]),
-    ("persistence", &["memory", "rate_limit", "socket"]),
+    (
+        "persistence",
+        &["environment", "memory", "rate_limit", "socket"],
+    ),
     ("slot", &["memory", "rate_limit", "socket", "persistence"]),
     (
         "transport",
@@ -124,6 +128,7 @@ const BACKEND: Parts = &[
     (
         "broker/accept",
         &[
+            "environment",
             "rate_limit",
             "socket",
             "persistence",
@@ -209,8 +214,9 @@ const CLIENT: Parts = &[
     ("owned", &[]),
     ("peer", &["memory"]),
     ("process", &[]),
-    ("removal", &[]),
     ("event_error", &["error_kind"]),
+    ("removal", &["memory", "event_error"]),
+    ("timer", &["event_error", "process"]),
     ("region", &["error_kind", "memory"]),
     (
         "control",
@@ -222,7 +228,13 @@ const CLIENT: Parts = &[
     ("guest/sysfs/error", &["error_kind", "memory"]),
     (
         "guest/error",
-        &["error_kind", "memory", "guest/cache", "guest/sysfs/error"],
+        &[
+            "error_kind",
+            "memory",
+            "event_error",
+            "guest/cache",
+            "guest/sysfs/error",
+        ],
     ),
     ("guest/find", &["guest/error"]),
     (
@@ -251,6 +263,7 @@ const CLIENT: Parts = &[
         "guest/interface",
         &[
             "memory",
+            "event_error",
             "removal",
             "guest/calls",
             "guest/buffer",
@@ -262,25 +275,35 @@ const CLIENT: Parts = &[
             "guest/sysfs",
         ],
     ),
-    ("guest/broker", &["memory", "guest/interface"]),
-    ("timer", &["event_error", "process"]),
+    (
+        "guest/broker",
+        &["memory", "event_error", "guest/interface"],
+    ),
     (
         "guest/events",
         &[
-            "removal",
+            "memory",
             "event_error",
+            "removal",
+            "timer",
             "guest/calls",
             "guest/sysfs",
             "guest/interface",
             "guest/broker",
-            "timer",
         ],
     ),
     ("host/claim", &["control"]),
     ("host/events", &["notifier", "event_error", "host/claim"]),
     (
         "doorbell",
-        &["process", "event_error", "guest/events", "host/events"],
+        &[
+            "process",
+            "event_error",
+            "removal",
+            "timer",
+            "guest/events",
+            "host/events",
+        ],
     ),
     (
         "error",
@@ -334,6 +357,7 @@ const CLIENT: Parts = &[
         &[
             "claim",
             "memory",
+            "event_error",
             "removal",
             "region",
             "guest/buffer",

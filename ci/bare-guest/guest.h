@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-// What the parts of the bare guest share: access to memory and ports, and each other's functions.
+// Declarations that the parts of the bare guest share: access to memory and ports, and the
+// functions of each part.
 
 #pragma once
 
@@ -52,7 +53,7 @@ static inline void out32(uint16_t port, uint32_t value)
 void start_serial(void);
 void say(const char *text);
 void say_number(uint64_t number);
-// Reads a line that is not empty. What does not fit is left out.
+// Reads a line that is not empty. Characters that do not fit are left out.
 void hear(char *line, uint32_t size);
 
 // interrupts.c

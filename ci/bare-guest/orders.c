@@ -90,6 +90,12 @@ static int handle(void)
         a = number();
         store64(a, number());
         answer(0);
+    } else if (word("inb")) {
+        answer(in8(number()));
+    } else if (word("outb")) {
+        a = number();
+        out8(a, number());
+        answer(0);
     } else if (word("inl")) {
         answer(in32(number()));
     } else if (word("outl")) {

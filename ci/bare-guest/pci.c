@@ -34,7 +34,7 @@ static void place_bars(uint64_t config, uint32_t count)
             store32(bar + 4, 0xffffffff);
             mask |= (uint64_t)load32(bar + 4) << 32;
             uint64_t size = -(mask & ~0xful);
-            // Behind a bridge, only what can be prefetched may lie above 4 GiB.
+            // Behind a bridge, only a prefetchable BAR may lie above 4 GiB.
             uint64_t *next = kind & 8 ? &next_high : &next_low;
             *next = aligned(*next, size);
             store32(bar, *next);

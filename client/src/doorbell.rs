@@ -12,6 +12,8 @@ use crate::event_error::EventError;
 use crate::guest::events::DeviceEvents;
 use crate::host::events::Eventfds;
 use crate::process::Process;
+use crate::removal;
+use crate::timer::monotonic;
 
 /// Rings the other end of a channel, and sleeps until it rings. The claim of the end lasts as long
 /// as this value.
@@ -70,6 +72,15 @@ impl Doorbells {
         }
     }
 
+    /// Returns the longest time for which a program may wait for this end's descriptor alone.
+    /// `ZERO` if there is no such limit.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        match &self.source {
+            Source::Host(_) => Duration::ZERO,
+            Source::Guest(_) => removal::LOOK,
+        }
+    }
+
     /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
         match &self.source {
@@ -119,8 +130,7 @@ impl Events for Doorbells {
     fn now(&self) -> Duration {
         // The kernel's clock and not the process's, so that time stamps of one host can be
         // compared.
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let time = time.try_into().unwrap_or_default();
+        let time = monotonic();
         if let Source::Guest(events) = &self.source
             && events.looks_gone(time)
         {
@@ -130,9 +140,17 @@ impl Events for Doorbells {
     }
 
     fn check_device(&self) -> Result<(), EventError> {
-        match self.is_gone() {
-            true => Err(EventError::Gone),
-            false => Ok(()),
+        match &self.source {
+            Source::Host(_) => Ok(()),
+            Source::Guest(events) => events.check(),
+        }
+    }
+
+    #[inline(always)]
+    fn check_device_if_due(&mut self, now: Duration) -> Result<(), EventError> {
+        match &mut self.source {
+            Source::Host(_) => Ok(()),
+            Source::Guest(events) => events.check_if_due(now),
         }
     }
 
@@ -170,8 +188,9 @@ mod tests {
     fn end_without_driver_sleeps_by_clock() {
         let fake = Fake::new();
         let end = EndInterface::Sysfs(fake.claim());
+        let region = fake.superblock();
         let (peer, vector) = (2, 1);
-        let events = DeviceEvents::new(end, Doorbell { peer, vector }, None).unwrap();
+        let events = DeviceEvents::new(end, region, Doorbell { peer, vector }, None).unwrap();
         let mut doorbells = Doorbells::from(events);
         doorbells.ring().unwrap();
         assert_eq!(fake.rung(), peer << 16 | vector);

@@ -8,6 +8,10 @@ use barlink_protocol::Classified;
 
 use crate::error_kind::ErrorKind;
 
+/// Cause and cure of a device that has lost its region.
+pub(crate) const LOST: &str = ", as after a `loadvm` of this VM: reboot the VM, or unload the driver, remove the PCI \
+                               device and rescan its bus";
+
 /// Ringing the other end, or sleeping until it rings, failed.
 ///
 /// ```no_run
@@ -28,6 +32,9 @@ pub enum EventError {
     /// The device was unplugged, or its driver was unbound.
     #[error("the device is gone: it was unplugged, or its driver unbound")]
     Gone,
+    /// The device is there and has lost its region, as in a VM that was taken back to a snapshot.
+    #[error("the device has lost its region{LOST}")]
+    Lost,
     /// The process that this one was forked from holds the end.
     #[error("the end belongs to process {process}, which forked this one: open it in this process")]
     Inherited {
@@ -59,7 +66,7 @@ impl EventError {
     /// ```
     pub fn kind(&self) -> ErrorKind {
         match self {
-            EventError::Gone => ErrorKind::Gone,
+            EventError::Gone | EventError::Lost => ErrorKind::Gone,
             EventError::Inherited { .. } => ErrorKind::Inherited,
             EventError::System { .. } => ErrorKind::Other,
         }

@@ -27,10 +27,10 @@
 //! ```
 
 mod claim;
-// The broker answers the same messages, and its tests send them.
+// Public because the broker answers the same messages, and its tests send them.
 #[doc(hidden)]
 pub mod control;
-// The broker passes descriptors to VMs by the same calls.
+// Public because the broker passes descriptors to VMs by the same calls.
 #[doc(hidden)]
 pub mod descriptors;
 mod doorbell;
@@ -39,13 +39,13 @@ mod error_kind;
 mod event_error;
 pub mod guest;
 pub mod host;
-// The broker keeps the layout of its region in the same way.
+// Public because the broker stores the layout of its region in the same way.
 #[doc(hidden)]
 pub mod layouts;
-// The broker maps the same memory.
+// Public because the broker maps the same memory.
 #[doc(hidden)]
 pub mod memory;
-// The broker rings the same eventfds.
+// Public because the broker rings the same eventfds.
 #[doc(hidden)]
 pub mod notifier;
 mod options;
@@ -87,6 +87,20 @@ pub use barlink_protocol::Strategy;
 /// assert_eq!(Clock::new(128), Clock::USER);
 /// ```
 pub use barlink_protocol::cursor::{Clock, Stamp};
+/// The reason why a channel cannot be used: a part of [`ChannelError`].
+///
+/// ```no_run
+/// use barlink::{ChannelError, Error, host};
+///
+/// let broker = host::connect("default")?;
+/// let mut receiver = broker.receiver("up")?;
+/// match receiver.recv() {
+///     Err(Error::Channel(ChannelError::Corrupt(fault))) => println!("empty the channel: {fault}"),
+///     Err(Error::Channel(ChannelError::Reset(reset))) => println!("claim the end anew: {reset}"),
+///     record => println!("{} bytes", record?.len()),
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 pub use barlink_protocol::cursor::{Corrupt, Reset};
 /// The type of a record's content.
 ///
@@ -150,6 +164,13 @@ pub use barlink_protocol::wire::layout::Channel;
 /// ```
 pub use barlink_protocol::wire::layout::End;
 /// The error of a text that is no [`Name`].
+///
+/// ```
+/// use barlink::{InvalidName, Name};
+///
+/// let error: InvalidName = "Camera 0".parse::<Name>().unwrap_err();
+/// println!("{error}");
+/// ```
 pub use barlink_protocol::wire::layout::InvalidName;
 /// The layout of a region. [`host::Attachment::layout`] and [`guest::Device::layout`] return it.
 ///
@@ -194,7 +215,7 @@ pub use barlink_protocol::wire::layout::Name;
 pub use barlink_protocol::wire::layout::Policy;
 pub use barlink_protocol::wire::layout::{BrokerName, Identity, Instance};
 pub use claim::{Held, NoConsumer, NotHere};
-// The bench and tests of the broker measure and drive the ring without the library around it.
+// Public because the bench, and tests of the broker, use the ring without the library around it.
 #[doc(hidden)]
 pub use doorbell::Doorbells;
 pub use error::{ChannelError, Error};

@@ -294,7 +294,7 @@ mod tests {
     /// Most that an eventfd counts by writes.
     const FULL: u64 = u64::MAX - 1;
 
-    /// Fills the eventfd, whatever other threads do meanwhile, and leaves it blocking.
+    /// Fills the eventfd, also while other threads ring and drain it, and leaves it blocking.
     fn fill(notifier: &Notifier) {
         let flags = rustix::fs::fcntl_getfl(notifier).unwrap() | rustix::fs::OFlags::NONBLOCK;
         rustix::fs::fcntl_setfl(notifier, flags).unwrap();
@@ -312,7 +312,8 @@ mod tests {
         let rings = Arc::new(AtomicU64::new(0));
         fill(&notifier);
         let (holder, counted) = (Arc::clone(&notifier), Arc::clone(&rings));
-        // Whether rings go on, however often the eventfd is filled.
+        // The thread returns true if, each time that it had filled the eventfd, two more rings
+        // ended.
         let holder = std::thread::spawn(move || {
             let go_on = (0..30).all(|_| {
                 // There is room for a ring only for as long as it takes to fill the eventfd again.

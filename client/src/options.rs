@@ -289,6 +289,9 @@ impl ChannelOptions {
 }
 
 fn refused<S: Side>(name: &str, end: End, source: ChannelError) -> Error {
+    if let ChannelError::Device(_) = source {
+        return source.into();
+    }
     Error::TakeUp {
         name: name.to_owned(),
         end,

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut};
 
 const TAKEN: &str = "the value was taken, which ends its owner";
 
-/// A value that its owner can give away. The owner ends with that call.
+/// A value that its owner can move out. The owner is not used after that.
 #[derive(Debug)]
 pub(crate) struct Owned<T>(Option<T>);
 
@@ -21,7 +21,7 @@ impl<T> Owned<T> {
         self.0.as_mut()
     }
 
-    /// Takes the value. The owner ends behind this call.
+    /// Takes the value. The owner is not used after this call.
     pub(crate) fn take(&mut self) -> T {
         self.0.take().expect(TAKEN)
     }

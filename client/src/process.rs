@@ -3,7 +3,7 @@
 //! The process that a value belongs to.
 //!
 //! `fork(2)` copies every value of a process. A copied end would write to the channel beside the
-//! original, and a copied claim would return a claim that is still in use. So such a value stores
+//! original, and a copied claim would release an end that is still in use. So such a value stores
 //! the process that made it, and does nothing in another process.
 
 #![expect(unsafe_code, reason = "the kernel marks a forked process in a page")]

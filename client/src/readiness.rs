@@ -8,6 +8,7 @@
 //!
 //! A doorbell can be lost until one has arrived. Until then a timer makes the descriptor readable,
 //! after 1 ms and then after twice as long, up to 1 s, as the fallback poll of an end that sleeps.
+//! In a channel that was reset the timer runs for as long as the end finds nothing.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use crate::doorbell::Doorbells;
 use crate::event_error::EventError;
 use crate::timer::{NOW, Timer};
 
-/// See the module.
+/// The descriptor of one end, and its state: see the head of this file.
 #[derive(Debug)]
 pub(crate) struct Readiness {
     epoll: OwnedFd,
@@ -31,11 +32,14 @@ pub(crate) struct Readiness {
     peer: Presence,
     rings: u64,
     next: Duration,
+    /// Whether the timer runs even after doorbells have arrived.
+    polls: bool,
 }
 
 impl Readiness {
-    /// Creates the descriptor, which is readable.
-    pub(crate) fn new(doorbells: &Doorbells) -> Result<Self, EventError> {
+    /// Creates the descriptor, which is readable. `polls` says whether the end needs the fallback
+    /// poll even after doorbells have arrived.
+    pub(crate) fn new(doorbells: &Doorbells, polls: bool) -> Result<Self, EventError> {
         let failed = EventError::of("make a descriptor to wait on");
         let timer = Timer::new()?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(&failed)?;
@@ -50,6 +54,7 @@ impl Readiness {
             peer: Presence::default(),
             rings: doorbells.rings(),
             next: FIRST_FALLBACK_POLL,
+            polls,
         })
     }
 
@@ -72,7 +77,8 @@ impl Readiness {
             self.next = FIRST_FALLBACK_POLL;
         }
         // Another VM's end is not visible, so it may have changed.
-        let is_proven = doorbells.rings() > self.rings && peer != Presence::default();
+        let is_visible = peer != Presence::default();
+        let is_proven = doorbells.rings() > self.rings && is_visible && !self.polls;
         if !doorbells.wakes() {
             if was_quiet && !is_new {
                 if !self.timer.left().is_zero() {
@@ -92,9 +98,15 @@ impl Readiness {
                 self.next = (self.next * 2).min(LONGEST_FALLBACK_POLL);
             }
             self.timer.set(self.next);
-        } else if !was_quiet || !self.next.is_zero() {
-            self.next = Duration::ZERO;
-            self.timer.set(Duration::ZERO);
+        } else {
+            // In a guest, each expiry makes the program call the end, which then looks whether the
+            // device still has its region.
+            let longest = doorbells.longest_wait();
+            let is_over = !longest.is_zero() && self.timer.left().is_zero();
+            if !was_quiet || self.next != longest || is_over {
+                self.next = longest;
+                self.timer.set(longest);
+            }
         }
     }
 }
@@ -120,10 +132,11 @@ mod tests {
     fn end_without_driver_becomes_readable_by_clock() {
         let fake = Fake::new();
         let end = EndInterface::Sysfs(fake.claim());
+        let region = fake.superblock();
         let (peer, vector) = (2, 1);
-        let events = DeviceEvents::new(end, Doorbell { peer, vector }, None).unwrap();
+        let events = DeviceEvents::new(end, region, Doorbell { peer, vector }, None).unwrap();
         let doorbells = Doorbells::from(events);
-        let mut readiness = Readiness::new(&doorbells).unwrap();
+        let mut readiness = Readiness::new(&doorbells, false).unwrap();
         let is_readable = |readiness: &Readiness| {
             let timeout = Timespec::try_from(Duration::from_secs(60)).unwrap();
             let mut files = [PollFd::new(readiness, PollFlags::IN)];

@@ -105,6 +105,9 @@ const RECORD_SIZE: usize = 1 << 20;
 /// counts as 1, and a size above [`Sender::max_record`] as that. `watch` sees the progress;
 /// `&mut ()` ignores it. Sets [`Strategy::STREAM`], which remains set afterwards.
 ///
+/// A regular file is sent up to the size that it has at the start, and `watch` is told if it has
+/// become longer by then ([`Watch::source_has_grown`]).
+///
 /// ```no_run
 /// use std::fs::File;
 ///
@@ -120,12 +123,14 @@ const RECORD_SIZE: usize = 1 << 20;
 /// # Errors
 ///
 /// The source cannot be read, or the channel stopped working. Up to 4 KiB of a pipe can have been
-/// read and not sent then, if records are smaller. [`StreamError::EndDropped`]: the sender drops,
-/// and the channel had no room for the end of the stream for a second.
+/// read and not sent then, if records are smaller. [`StreamError::Shrunk`]: the source is a regular
+/// file that became shorter, so that the stream has no end. [`StreamError::EndDropped`]: the sender
+/// drops, and the channel had no room for the end of the stream for a second.
 /// [`StreamError::BeginDropped`]: it had none for the beginning either.
 ///
 /// [`StreamError::BeginDropped`]: stream::StreamError::BeginDropped
 /// [`StreamError::EndDropped`]: stream::StreamError::EndDropped
+/// [`StreamError::Shrunk`]: stream::StreamError::Shrunk
 pub fn send(
     sender: &mut Sender,
     source: impl AsFd,
@@ -133,7 +138,7 @@ pub fn send(
     watch: &mut impl Watch,
 ) -> Result<Progress, StreamError> {
     let size = record_size.clamp(1, sender.max_record());
-    let mut record = AlignedBuffer::new(size);
+    let mut record = AlignedBuffer::new(size).map_err(StreamError::Read)?;
     let source = source.as_fd().as_raw_fd();
     stream::send(sender.ring(), source, record.bytes(), watch)
 }

@@ -29,6 +29,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 const TRIES: u32 = 16;
 /// Number of looks of a spinning tap for each look at the clock.
 const LOOKS_PER_CLOCK: u32 = 16;
+/// Longest time for which a spinning tap reads the region without a look for its removal.
+const LONGEST_UNCHECKED: Duration = Duration::from_micros(100);
 
 /// A reader of the records that other programs exchange. It copies them, and neither delays nor
 /// disturbs the ends of the channel, which do not know of it. A channel can have any number of
@@ -258,7 +260,18 @@ impl Tap {
         bytes: &mut Vec<u8>,
     ) -> Result<Option<Header>, Error> {
         let (start, time) = (Instant::now(), self.spin.next.min(limit));
-        while start.elapsed() < time {
+        let mut next_check = LONGEST_UNCHECKED;
+        loop {
+            let spun = start.elapsed();
+            if spun >= time {
+                break;
+            }
+            if spun >= next_check {
+                if self.removal.has_come() {
+                    return Err(EventError::Gone.into());
+                }
+                next_check = start.elapsed() + LONGEST_UNCHECKED;
+            }
             for _ in 0..LOOKS_PER_CLOCK {
                 std::hint::spin_loop();
                 let found = self.copy_once(&barlink_protocol::Tap::look, bytes)?;
@@ -421,7 +434,12 @@ impl Tap {
         if self.looks.rested() && self.removal.has_come() {
             return Err(EventError::Gone.into());
         }
-        let found = self.copy_once(&look, bytes)?;
+        let found = self.copy_once(&look, bytes);
+        if !matches!(found, Ok(Some(_))) {
+            // A region that is lost looks like one without records, or like a reset.
+            self.removal.check_region(&self.region)?;
+        }
+        let found = found?;
         if found.is_none() {
             self.looks.found_nothing();
         }
@@ -472,12 +490,13 @@ impl AsRawFd for Tap {
     }
 }
 
-/// The time that a tap spins before it sleeps between its looks.
+/// The durations of a tap's spins. A tap spins before it sleeps between two looks.
 #[derive(Clone, Copy, Debug)]
 struct Spin {
     least: Duration,
     most: Duration,
-    /// The time of the next spin, which is longer while spinning succeeds.
+    /// The duration of the next spin. It grows while spinning finds records, and shrinks while it
+    /// does not.
     next: Duration,
 }
 
@@ -598,7 +617,12 @@ impl Looks {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Policy};
+
     use super::*;
+    use crate::removal::{self, Removable};
 
     #[test]
     fn timer_stays_off_until_waited_for() {
@@ -624,6 +648,59 @@ mod tests {
         assert!(is_set(&looks));
         looks.found_record();
         assert!(!is_set(&looks) && looks.left().is_zero());
+    }
+
+    #[derive(Debug)]
+    struct Pipe(std::io::PipeReader);
+
+    impl Removable for Pipe {
+        fn wait(&self, timeout: Option<Duration>) -> Result<bool, rustix::io::Errno> {
+            removal::wait(&self.0, timeout)
+        }
+    }
+
+    /// An access to the memory of a device that is gone would end the process. A pipe without a
+    /// writer has the events of such a device.
+    #[test]
+    fn spinning_tap_notices_removal() {
+        let size = 1 << 16;
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(size as u64).unwrap();
+        let region = Mapping::map(&memory, size, crate::Access::ReadOnly).unwrap();
+        let region = region.region();
+        let entry = Channel {
+            name: "up".parse().unwrap(),
+            producer: 0,
+            consumer: 1,
+            vector: 0,
+            policy: Policy::Wait,
+            offset: FIRST_FREE,
+            capacity: 4096,
+        };
+        let (device, writer) = std::io::pipe().unwrap();
+        let second = Duration::from_secs(1);
+        let mut tap = Tap {
+            ring: barlink_protocol::Tap::attach(region.clone(), &entry),
+            region,
+            sender: None,
+            looks: Looks::new().unwrap(),
+            spin: Spin {
+                least: 60 * second,
+                most: 60 * second,
+                next: 60 * second,
+            },
+            removal: Removal::of(Arc::new(Pipe(device))),
+            process: Process::current(),
+        };
+        let removing = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            drop(writer);
+        });
+        let start = Instant::now();
+        let error = tap.copy_spinning(60 * second, &mut Vec::new()).unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::Gone);
+        assert!(start.elapsed() < 30 * second);
+        removing.join().unwrap();
     }
 
     #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A timer as a descriptor that is readable once its time has come.
+//! The monotonic clock, and a timer as a descriptor that is readable once its time has come.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -13,10 +13,17 @@ use rustix::time::{
 use crate::event_error::EventError;
 use crate::process::Process;
 
+/// Returns the time of the monotonic clock.
+#[inline]
+pub(crate) fn monotonic() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.try_into().unwrap_or_default()
+}
+
 /// A time after which a timer expires at once. Zero would switch it off.
 pub(crate) const NOW: Duration = Duration::from_nanos(1);
 
-/// See the module.
+/// A timer, by its descriptor (`timerfd_create(2)`).
 #[derive(Debug)]
 pub(crate) struct Timer {
     timer: OwnedFd,

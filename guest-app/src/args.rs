@@ -19,16 +19,11 @@ pub struct Cli {
     pub command: Command,
     /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
     /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
-    /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver;
-    /// the only one is used where /dev/barlink0 is missing
-    #[arg(
-        long,
-        global = true,
-        help_heading = "Device",
-        value_name = "DEVICE",
-        default_value = "/dev/barlink0"
-    )]
-    pub device: PathBuf,
+    /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver
+    /// [default: /dev/barlink0, with a warning if there are further devices, or where that is
+    /// missing the only device without a driver]
+    #[arg(long, global = true, help_heading = "Device", value_name = "DEVICE")]
+    pub device: Option<PathBuf>,
     /// Cache mode of the device's mapping; all processes have the same mode at a time
     #[arg(
         long,
@@ -87,17 +82,21 @@ impl ValueEnum for Cache {
 }
 
 const AFTER_HELP: &str = "\
+Start here:
+  barlink-guest info
+  barlink-guest recv > stream        # on the host: barlink send < stream
+
 Exit codes:
   0    success, or the reader of standard output closed it
   1    failure: the last line says what failed and what to do
   2    invalid command line
-  3    no device, or the device is gone
+  3    no device, or the device is gone or has lost its region
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
        another cache mode; or a driver has the device that sysfs:… names
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end; `echo` missed records or
-       had to drop some
+       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter;
+       `echo` missed records or had to drop some
   7    no record came, or there was no room for one, within --timeout
   8    the broker is gone or does not answer, and no program has received what was sent
   130  interrupted by Ctrl-C";
@@ -147,7 +146,9 @@ pub enum Command {
     )]
     Peek(place::Peek),
     /// Write bytes into the raw window
-    #[command(after_help = "Example:\n  barlink-guest poke hello")]
+    #[command(
+        after_help = "Example:\n  barlink-guest poke hello\n  barlink-guest poke --at 4K < image.bin"
+    )]
     Poke(place::Poke),
 }
 
@@ -201,7 +202,8 @@ pub struct Echo {
 
 #[derive(Debug, Args)]
 pub struct Buffer {
-    /// Size of the buffer in bytes, in whole pages; K and M are powers of 1024
+    /// Size of the buffer, in whole pages, at most 4M: bytes, or a number with the unit K or M
+    /// (powers of 1024)
     #[arg(long, default_value = "64K", value_parser = parse_size)]
     pub size: u64,
     /// File with the content of the buffer [default: standard input]
@@ -214,7 +216,7 @@ pub struct Telemetry {
     /// Duration in seconds [default: until interrupted]
     #[arg(long, value_name = "SECONDS")]
     pub seconds: Option<f64>,
-    /// Records per second
+    /// Records a second
     #[arg(long, value_name = "RATE", default_value = "100", value_parser = parse_rate)]
     pub rate: f64,
     /// Name of the channel

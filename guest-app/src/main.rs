@@ -41,7 +41,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Some(error) if error.kind() == ErrorKind::Gone => return gone::CODE,
             _ => (),
         }
-        if let Some(EventError::Gone) = cause.downcast_ref() {
+        if let Some(EventError::Gone | EventError::Lost) = cause.downcast_ref() {
             return gone::CODE;
         }
     }

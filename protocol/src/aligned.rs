@@ -7,6 +7,8 @@ extern crate std;
 
 use std::vec::Vec;
 
+use crate::io;
+
 /// Alignment that files with `O_DIRECT` accept for addresses and lengths, in bytes (`open(2)`).
 pub const ALIGNMENT: usize = 4096;
 
@@ -18,11 +20,16 @@ pub struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// Allocates a buffer of `length` zero bytes.
-    pub fn new(length: usize) -> Self {
-        let bytes = std::vec![0; length + ALIGNMENT];
+    /// Allocates a buffer of `length` zero bytes. The error says that the memory is not there,
+    /// because `length` can come from a user.
+    pub fn new(length: usize) -> io::Result<Self> {
+        let mut bytes = Vec::new();
+        let size = length.saturating_add(ALIGNMENT);
+        let reserved = bytes.try_reserve_exact(size);
+        reserved.map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        bytes.resize(size, 0);
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-        AlignedBuffer { bytes, start }
+        Ok(AlignedBuffer { bytes, start })
     }
 
     /// Returns whether nothing is allocated, as by default.

@@ -17,6 +17,20 @@ const FOUR_GIB: u64 = 4 << 30;
 
 /// The cache modes and the address of a region, as its guest's driver reports them. A guest can
 /// write any number into its driver's page, so the numbers are unchecked.
+///
+/// ```
+/// use barlink_protocol::CacheState;
+/// use barlink_protocol::wire::uapi::{CacheMode, Info};
+///
+/// let info = Info {
+///     asked: CacheMode::WriteBack as u32,
+///     granted: CacheMode::UncachedMinus as u32,
+///     region_address: 0xc000_0000,
+///     ..Info::default()
+/// };
+/// let shortfall = CacheState::of(&info).shortfall().expect("the modes differ");
+/// println!("{shortfall}: {}", shortfall.cure());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheState {
     asked: u64,

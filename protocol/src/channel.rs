@@ -47,6 +47,25 @@ pub enum Sent {
 }
 
 /// The producer's end of a channel.
+///
+/// ```
+/// use std::ops::Deref;
+/// use std::time::Duration;
+///
+/// use barlink_protocol::cursor::Kind;
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Sender, Sent};
+///
+/// /// Sends a reading. Returns whether the channel had room for it within 10 ms.
+/// fn send<M, E>(sender: &mut Sender<M, E>, reading: f64) -> Result<bool, ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     let timeout = Some(Duration::from_millis(10));
+///     let sent = sender.send(Kind::USER, &reading.to_le_bytes(), timeout)?;
+///     Ok(sent == Sent::Committed)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Sender<M, E> {
     producer: Producer<M>,
@@ -57,6 +76,11 @@ pub struct Sender<M, E> {
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// Attaches to the producer's end of the channel with this index, where the last producer
     /// stopped. The caller has claimed the end.
+    ///
+    /// # Errors
+    ///
+    /// The layout has no channel with this index, the words of the channel contradict each other, a
+    /// reset of it is under way, or `events` cannot ring.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -85,11 +109,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
+        events.check_device().map_err(ChannelError::Device)?;
         let producer = Producer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events, entry.has_consumer());
+        let follows_reset = producer.follows_reset();
+        let link = Link::attach(region, words, events, entry.has_consumer(), follows_reset);
         Ok(Sender {
             producer,
-            link: link.map_err(ChannelError::Events)?,
+            link: link?,
             drops: entry.policy == Policy::Drop,
         })
     }
@@ -115,6 +141,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
+    }
+
+    /// Returns whether the channel was reset before this end attached. Such an end never sleeps
+    /// without a fallback poll, because an end that lives on through the reset can replace its wake
+    /// threshold. A program that waits by other means polls as well.
+    pub fn follows_reset(&self) -> bool {
+        self.link.follows_reset()
     }
 
     /// Returns the events of this end.
@@ -147,8 +180,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     /// records first.
     pub fn skip(&mut self, count: u64) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.producer.skip(count)?;
-        self.notify(notify)
+        let notify = self.producer.skip(count);
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     /// Sets the sequence number of the first record, as long as no record was committed, staged or
@@ -159,7 +192,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let set = self.producer.set_first_sequence(number);
         set.map_err(|error| match error {
             FirstSequenceError::NotEmpty => ChannelError::NotEmpty,
-            FirstSequenceError::Reset(reset) => reset.into(),
+            FirstSequenceError::Reset(reset) => self.link.explain(reset),
         })
     }
 
@@ -169,9 +202,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.producer.drop_record();
     }
 
-    /// Reserves space for a record with `length` bytes of payload, to be filled in place. Waits for
-    /// space even if this end drops, and even while the other end leaves and comes back. `None` at
+    /// Reserves room for a record with `length` bytes of payload, to be filled in place. Waits for
+    /// room even if this end drops, and even while the other end leaves and comes back. `None` at
     /// the timeout; without a `timeout` the wait has no limit.
+    ///
+    /// # Errors
+    ///
+    /// The record is larger than [`Sender::max_record`], the channel is corrupt or was reset, or a
+    /// call of [`Events`] failed.
     pub fn reserve(
         &mut self,
         length: usize,
@@ -180,15 +218,20 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         let Some(place) = self.find_room(length, Some(timeout))? else {
             return Ok(None);
         };
+        let reservation = self.producer.reservation(place, length);
         Ok(Some(SenderReservation {
-            reservation: self.producer.reservation(place, length)?,
+            reservation: reservation.map_err(|error| self.link.explain(error))?,
             link: &mut self.link,
         }))
     }
 
-    /// Copies a record into the channel and commits it. Waits for space until the timeout, or
+    /// Copies a record into the channel and commits it. Waits for room until the timeout, or
     /// without a limit if `timeout` is `None`. If this end drops, it does not wait: when the
     /// channel is full, it counts the record and drops it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::reserve`].
     pub fn send(
         &mut self,
         kind: Kind,
@@ -221,7 +264,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Copies a record into the channel as [`Sender::send`] does, and stages it. The consumer sees
-    /// it after [`Sender::publish`], or once the channel has no space for a further record; in an
+    /// it after [`Sender::publish`], or once the channel has no room for a further record; in an
     /// `overwrite` channel once the staged records and a further one would take more than a quarter
     /// of the capacity. If this process ends before that, the record is lost. `stamp` is the time
     /// stamp of the record: nanoseconds of this side's monotonic clock, or a [`Stamp`]. One call of
@@ -237,10 +280,14 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Commits all staged records at once, and rings the consumer if it waits for them.
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset, so that the records may not be in it; or a call of [`Events`] failed.
     pub fn publish(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.producer.publish()?;
-        self.notify(notify)
+        let notify = self.producer.publish();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     #[inline(always)]
@@ -273,8 +320,12 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
             self.producer.drop_record();
             return Ok(Sent::Dropped);
         };
-        let stamp = stamp.unwrap_or_else(|| self.link.time().into());
-        let mut reservation = self.producer.reservation(place, bytes.len())?;
+        let stamp = match stamp {
+            Some(stamp) => stamp,
+            None => self.link.checked_time()?.into(),
+        };
+        let reservation = self.producer.reservation(place, bytes.len());
+        let mut reservation = reservation.map_err(|error| self.link.explain(error))?;
         reservation.write(0, bytes);
         let length = reservation.length();
         reservation.stage(kind, length, stamp);
@@ -282,7 +333,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
     }
 
     /// Finds the place for a record with `length` bytes of payload. `wait` is `None` to return at
-    /// once if there is no space, otherwise the timeout of the wait.
+    /// once if there is no room, otherwise the timeout of the wait.
     // Several calls of a sender begin with it, and a call of its own costs each record 70
     // instructions.
     #[inline(always)]
@@ -295,7 +346,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         match self.producer.find_room(length) {
             Ok(place) => Ok(Some(place)),
             Err(ReserveError::Full) => self.wait_for_room(length, wait),
-            Err(error) => Err(ChannelError::reserve(error)),
+            Err(error) => Err(self.link.explain(ChannelError::reserve(error))),
         }
     }
 
@@ -309,7 +360,7 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
         self.publish()?;
         let Some(timeout) = wait else {
             // A sender that does not wait must not arm a wake-up.
-            self.link.look_at_peer().map_err(ChannelError::Events)?;
+            self.link.look_at_peer()?;
             return Ok(None);
         };
         let deadline = self.link.deadline(timeout);
@@ -326,19 +377,42 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Sender<M, E> {
                     }
                 };
                 found.map_err(ChannelError::reserve)
-            })?;
-            match woken {
+            });
+            match woken.map_err(|error| self.link.explain(error))? {
                 Wakeup::Ready => break,
                 Wakeup::PeerChanged => (),
                 Wakeup::TimedOut => return Ok(None),
             }
         }
-        let place = self.producer.find_room(length);
-        place.map(Some).map_err(ChannelError::reserve)
+        let place = self.producer.find_room(length).map(Some);
+        place.map_err(|error| self.link.explain(ChannelError::reserve(error)))
     }
 }
 
-/// Space for a record in the region. Dropping it leaves the channel unchanged.
+/// Room for a record in the region. Dropping it leaves the channel unchanged.
+///
+/// ```
+/// use std::ops::Deref;
+///
+/// use barlink_protocol::cursor::Kind;
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Sender};
+///
+/// /// Sends a vector of numbers, which it writes in place.
+/// fn send<M, E>(sender: &mut Sender<M, E>, numbers: &[f64]) -> Result<(), ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     if let Some(mut room) = sender.reserve(8 * numbers.len(), None)? {
+///         for (index, number) in (0..).zip(numbers) {
+///             room.write(8 * index, &number.to_le_bytes());
+///         }
+///         let length = room.length();
+///         room.commit(Kind::USER, length)?;
+///     }
+///     Ok(())
+/// }
+/// ```
 #[derive(Debug)]
 pub struct SenderReservation<'a, M, E> {
     reservation: Reservation<'a, M>,
@@ -351,7 +425,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
         self.link.events()
     }
 
-    /// Returns the bytes of payload that the reservation has space for.
+    /// Returns the bytes of payload that the reservation has room for.
     pub fn length(&self) -> u32 {
         self.reservation.length()
     }
@@ -387,9 +461,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than the reserved space.
+    /// Panics if `length` is more than the reserved room.
     pub fn commit(self, kind: Kind, length: u32) -> Result<(), ChannelError<E::Error>> {
-        let time = self.link.time();
+        let time = self.link.checked_time()?;
         self.commit_at(kind, length, time.into())
     }
 
@@ -397,7 +471,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ///
     /// # Panics
     ///
-    /// Panics if `length` is more than the reserved space.
+    /// Panics if `length` is more than the reserved room.
     pub fn commit_at(
         self,
         kind: Kind,
@@ -406,7 +480,8 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
     ) -> Result<(), ChannelError<E::Error>> {
         let SenderReservation { reservation, link } = self;
         link.check()?;
-        let (notify, producer) = reservation.commit(kind, length, stamp)?;
+        let committed = reservation.commit(kind, length, stamp);
+        let (notify, producer) = committed.map_err(|error| link.explain(error))?;
         if link.notify(notify).map_err(ChannelError::Events)? {
             producer.count_ring();
         }
@@ -415,6 +490,28 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
 }
 
 /// The consumer's end of a channel.
+///
+/// ```
+/// use std::ops::Deref;
+///
+/// use barlink_protocol::{AtomicU64, ChannelError, Events, Receiver, Wakeup};
+///
+/// /// Receives the next record, however long it takes.
+/// fn receive<M, E>(receiver: &mut Receiver<M, E>) -> Result<Vec<u8>, ChannelError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     while receiver.wait(None)? != Wakeup::Ready {}
+///     let mut bytes = Vec::new();
+///     if let Some(record) = receiver.record() {
+///         bytes.resize(record.length(), 0);
+///         record.copy_to(0, &mut bytes);
+///     }
+///     receiver.release()?;
+///     Ok(bytes)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Receiver<M, E> {
     consumer: Consumer<M>,
@@ -424,6 +521,10 @@ pub struct Receiver<M, E> {
 impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Attaches to the consumer's end of the channel with this index, where the last consumer
     /// stopped: at the first record that was not released. The caller has claimed the end.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sender::attach`], and the channel has no consumer.
     pub fn attach(
         region: Region<M>,
         layout: &Layout,
@@ -452,8 +553,10 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         words: Option<PresenceWords>,
         events: E,
     ) -> Result<Self, ChannelError<E::Error>> {
+        events.check_device().map_err(ChannelError::Device)?;
         let consumer = Consumer::attach(region.clone(), entry)?;
-        let link = Link::attach(region, words, events, true).map_err(ChannelError::Events)?;
+        let follows_reset = consumer.follows_reset();
+        let link = Link::attach(region, words, events, true, follows_reset)?;
         Ok(Receiver { consumer, link })
     }
 
@@ -466,6 +569,13 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// are still there. The result is false between two VMs, which cannot see each other.
     pub fn peer_is_away(&self) -> bool {
         self.link.peer_is_away()
+    }
+
+    /// Returns whether the channel was reset before this end attached. Such an end never sleeps
+    /// without a fallback poll, because an end that lives on through the reset can replace its wake
+    /// threshold. A program that waits by other means polls as well.
+    pub fn follows_reset(&self) -> bool {
+        self.link.follows_reset()
     }
 
     /// Returns the events of this end.
@@ -481,16 +591,21 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     /// Looks for a record without waiting. Returns whether [`Receiver::record`] now has one.
     #[inline(always)]
     pub fn poll(&mut self) -> Result<bool, ChannelError<E::Error>> {
-        Ok(self.consumer.poll()?)
+        let found = self.consumer.poll();
+        found.map_err(|error| self.link.explain(error))
     }
 
     /// Waits until there is a record, the other end changes, or `timeout` is over. Looks for a
     /// record first, so that the records of a producer that left are received before its departure.
     /// Before it waits, it releases the records that it advanced beyond.
+    ///
+    /// # Errors
+    ///
+    /// The channel is corrupt or was reset, or a call of [`Events`] failed.
     #[inline(always)]
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Wakeup, ChannelError<E::Error>> {
         self.link.check()?;
-        if self.consumer.poll()? {
+        if self.poll()? {
             return Ok(Wakeup::Ready);
         }
         self.wait_for_record(timeout)
@@ -503,11 +618,11 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
         timeout: Option<Duration>,
     ) -> Result<Wakeup, ChannelError<E::Error>> {
         // Records behind this end can fill the channel until they are released, so that the
-        // producer has no space for the next one.
+        // producer has no room for the next one.
         self.release()?;
         let deadline = self.link.deadline(timeout);
         let consumer = &mut self.consumer;
-        self.link.wait(deadline, Threshold::Soon, |threshold| {
+        let woken = self.link.wait(deadline, Threshold::Soon, |threshold| {
             match threshold {
                 Threshold::Unchanged => (),
                 Threshold::Disarmed => consumer.disarm(),
@@ -515,7 +630,8 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
                 Threshold::Half => return Ok(consumer.arm_for_half()?),
             }
             Ok(consumer.poll()?)
-        })
+        });
+        woken.map_err(|error| self.link.explain(error))
     }
 
     /// Returns the record that [`Receiver::wait`] found.
@@ -531,20 +647,25 @@ impl<M: Deref<Target = [AtomicU64]> + Clone, E: Events> Receiver<M, E> {
     }
 
     /// Releases the record that [`Receiver::wait`] found and all records that this end advanced
-    /// beyond, so that the producer can use their space. Rings the producer if it waits for space.
+    /// beyond, so that the producer can use their room. Rings the producer if it waits for room.
     /// A record that is not released is found again, after a crash by the next consumer.
+    ///
+    /// # Errors
+    ///
+    /// The channel was reset, and the records may have been overwritten while they were read; or a
+    /// call of [`Events`] failed.
     pub fn release(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release()?;
-        self.notify(notify)
+        let notify = self.consumer.release();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     /// Releases the records that it advanced over, as [`Receiver::release`] does. The record that
     /// [`Receiver::wait`] found remains in the channel.
     pub fn release_advanced(&mut self) -> Result<(), ChannelError<E::Error>> {
         self.link.check()?;
-        let notify = self.consumer.release_advanced()?;
-        self.notify(notify)
+        let notify = self.consumer.release_advanced();
+        self.notify(notify.map_err(|error| self.link.explain(error))?)
     }
 
     #[inline(always)]

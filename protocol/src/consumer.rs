@@ -12,6 +12,47 @@ use crate::sync::{AtomicU64, Ordering};
 use crate::wire::layout::{Channel, channel};
 
 /// A channel's consumer. Its claim ensures that there is only one at a time.
+///
+/// ```
+/// use barlink_protocol::{Consumer, Notify};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// # let mut producer = barlink_protocol::Producer::attach(region.clone(), &channel)?;
+/// # for _ in 0..3 {
+/// #     let _ = producer.reserve(16)?.commit(Kind::USER, 16, 0)?;
+/// # }
+/// let mut consumer = Consumer::attach(region, &channel)?;
+/// let mut bytes = 0;
+/// while consumer.poll()? {
+///     bytes += consumer.record().map_or(0, |record| record.length());
+///     consumer.advance();
+/// }
+/// // Releases all records at once.
+/// if consumer.release()? == Notify::Ring {
+///     // The program rings the producer here.
+///     consumer.count_ring();
+/// }
+/// assert_eq!(bytes, 3 * 16);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Consumer<M> {
     region: Region<M>,
@@ -53,6 +94,10 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     /// released.
     ///
     /// `channel` comes from the checked layout of `region`.
+    ///
+    /// # Errors
+    ///
+    /// The channel has no consumer, its words contradict each other, or a reset of it is under way.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
         if !channel.has_consumer() {
             return Err(Corrupt("an `overwrite` channel has no consumer"));
@@ -121,7 +166,7 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
     }
 
     /// Releases the record that [`Consumer::poll`] found and all records that this end advanced
-    /// beyond, so that the producer can use their space. Returns whether the producer must be rung.
+    /// beyond, so that the producer can use their room. Returns whether the producer must be rung.
     /// Does nothing if there are no such records. The error says that this end was detached, and
     /// that the records may have been overwritten while it read them.
     pub fn release(&mut self) -> Result<Notify, Reset> {
@@ -155,6 +200,11 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
         let notify = Notify::crossed(self.read, self.passed, threshold);
         self.read = self.passed;
         Ok(notify)
+    }
+
+    /// Returns whether the channel was reset before this end attached.
+    pub(crate) fn follows_reset(&self) -> bool {
+        self.generation != 0
     }
 
     fn was_reset(&self) -> bool {
@@ -296,6 +346,44 @@ impl<M: Deref<Target = [AtomicU64]>> Consumer<M> {
 
 /// A record in the region. Its header is a private copy that was checked. The other side can still
 /// change the payload, so there is no `&[u8]` of it. Copy the payload before you parse it.
+///
+/// ```
+/// use barlink_protocol::Consumer;
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// # let mut producer = barlink_protocol::Producer::attach(region.clone(), &channel)?;
+/// # let mut room = producer.reserve(5)?;
+/// # room.write(0, b"hello");
+/// # let _ = room.commit(Kind::USER, 5, 0)?;
+/// let mut consumer = Consumer::attach(region, &channel)?;
+/// while consumer.poll()? {
+///     if let Some(record) = consumer.record() {
+///         let mut bytes = vec![0; record.length()];
+///         record.copy_to(0, &mut bytes);
+///         println!("record {}: {bytes:?}", record.header().sequence);
+///     }
+///     let _ = consumer.release()?;
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Record<'a, M> {
     region: &'a Region<M>,

@@ -43,6 +43,37 @@ pub enum Detached {
 const LAST_BASE: u64 = 1 << 62;
 
 /// The size of a channel's data area, and the limits that follow from it.
+///
+/// ```
+/// use barlink_protocol::cursor::Capacity;
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let capacity = Capacity::of(&channel);
+/// assert_eq!(capacity.max_record(), 4096 / 2 - 24);
+/// // 104 bytes are committed and not released.
+/// assert_eq!(capacity.in_flight(4200, 4096).ok(), Some(104));
+/// // The consumer cannot be ahead of the producer.
+/// assert!(capacity.in_flight(4096, 4200).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     bytes: u64,

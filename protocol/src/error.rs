@@ -29,6 +29,9 @@ pub enum ChannelError<X> {
     /// A record has a number already, or a number was skipped.
     #[error("the channel has had records since its last reset, so its first number is fixed")]
     NotEmpty,
+    /// The device with the region cannot be used any more.
+    #[error("the device cannot be used")]
+    Device(#[source] X),
     /// Ringing or sleeping failed.
     #[error("ringing or waiting for the other end failed")]
     Events(#[source] X),

@@ -25,7 +25,7 @@ pub enum ErrorKind {
     InvalidInput,
     /// The broker closed the connection, or does not answer.
     Disconnected,
-    /// The device was unplugged, or its driver was unbound.
+    /// The device was unplugged, its driver was unbound, or it has lost its region.
     Gone,
     /// The channel has no room.
     Full,
@@ -60,7 +60,7 @@ impl<X: Classified> ChannelError<X> {
             ChannelError::Reset(_) => ErrorKind::Reset,
             ChannelError::TooLarge { .. } => ErrorKind::TooLarge,
             ChannelError::NotEmpty => ErrorKind::InvalidInput,
-            ChannelError::Events(error) => error.kind(),
+            ChannelError::Device(error) | ChannelError::Events(error) => error.kind(),
         }
     }
 }
@@ -76,6 +76,7 @@ impl<X: Classified> StreamError<X> {
                 ErrorKind::Other
             }
             StreamError::Incomplete(_)
+            | StreamError::Shrunk { .. }
             | StreamError::Missing(_)
             | StreamError::BeginDropped(_)
             | StreamError::EndDropped(_)

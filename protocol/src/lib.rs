@@ -14,6 +14,48 @@
 //! The crate opens no files and maps no memory: the caller passes in the memory and the doorbells.
 //! Every number from the other side is checked before use ([`cursor`]), and no such number causes a
 //! panic.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use barlink_protocol::cursor::Kind;
+//! use barlink_protocol::region::Region;
+//! use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+//! use barlink_protocol::{AtomicU64, Consumer, Notify, Producer, state};
+//!
+//! // A region of 32 KiB with a channel from the VM in slot 0 to the host, which is peer 1.
+//! let channel = Channel {
+//!     name: "up".parse::<Name>()?,
+//!     producer: 0,
+//!     consumer: 1,
+//!     vector: 0,
+//!     policy: Policy::Wait,
+//!     offset: FIRST_FREE,
+//!     capacity: 4096,
+//! };
+//! let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+//! // The heap stands for shared memory.
+//! let words = layout.region_size / 8;
+//! let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+//! let region = Region::new(memory);
+//! state::publish(&region, &layout);
+//!
+//! let mut producer = Producer::attach(region.clone(), &channel)?;
+//! let mut room = producer.reserve(5)?;
+//! room.write(0, b"hello");
+//! let (notify, _) = room.commit(Kind::USER, 5, 0)?;
+//! assert_eq!(notify, Notify::Quiet, "the consumer does not sleep");
+//!
+//! let mut consumer = Consumer::attach(region, &channel)?;
+//! assert!(consumer.poll()?);
+//! if let Some(record) = consumer.record() {
+//!     let mut bytes = vec![0; record.length()];
+//!     record.copy_to(0, &mut bytes);
+//!     assert_eq!(bytes, b"hello");
+//! }
+//! let _ = consumer.release()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![no_std]
 
 #[cfg(not(loom))]

@@ -15,6 +15,74 @@ use crate::sync::{AtomicU64, spin as spin_loop};
 
 /// Means of an end to ring the other end, to sleep, and to tell the time: eventfds on the host, the
 /// driver's file in a guest.
+///
+/// ```
+/// use std::convert::Infallible;
+/// use std::sync::mpsc;
+/// use std::time::{Duration, Instant};
+///
+/// use barlink_protocol::{Events, Receiver, Sender, Wakeup};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// /// Doorbells between two threads.
+/// struct Doorbells(mpsc::SyncSender<()>, mpsc::Receiver<()>, Instant);
+///
+/// impl Events for Doorbells {
+///     type Error = Infallible;
+///
+///     fn ring(&mut self) -> Result<(), Infallible> {
+///         // A ring that is pending already is enough.
+///         let _ = self.0.try_send(());
+///         Ok(())
+///     }
+///
+///     fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, Infallible> {
+///         let timeout = timeout.unwrap_or(Duration::from_secs(1));
+///         Ok(self.1.recv_timeout(timeout).is_ok())
+///     }
+///
+///     fn now(&self) -> Duration {
+///         self.2.elapsed()
+///     }
+///
+///     fn can_spin(&self) -> bool {
+///         false
+///     }
+/// }
+///
+/// let (ring_receiver, receiver_rung) = mpsc::sync_channel(1);
+/// let (ring_sender, sender_rung) = mpsc::sync_channel(1);
+/// let doorbells = Doorbells(ring_receiver, sender_rung, Instant::now());
+/// let mut sender = Sender::attach(region.clone(), &layout, 0, doorbells)?;
+/// let doorbells = Doorbells(ring_sender, receiver_rung, Instant::now());
+/// let mut receiver = Receiver::attach(region, &layout, 0, doorbells)?;
+/// let thread = std::thread::spawn(move || {
+///     // `PeerChanged` is no record: the end goes on waiting.
+///     while receiver.wait(None) != Ok(Wakeup::Ready) {}
+///     receiver.record().map(|record| record.length())
+/// });
+/// let _ = sender.send(Kind::USER, b"hello", None)?;
+/// assert_eq!(thread.join().unwrap(), Some(5));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Events {
     /// Error of a ring or a sleep.
     type Error;
@@ -36,8 +104,16 @@ pub trait Events {
     /// Returns the time of this side's monotonic clock.
     fn now(&self) -> Duration;
 
-    /// Returns an error if the region's memory is gone with its device, so that an access fails.
+    /// Returns an error if the device is gone, so that an access to the region fails, or if it has
+    /// lost the region, so that an access finds other words.
     fn check_device(&self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`.
+    #[inline(always)]
+    fn check_device_if_due(&mut self, now: Duration) -> Result<(), Self::Error> {
+        let _ = now;
         Ok(())
     }
 
@@ -95,6 +171,9 @@ const PROBE: u32 = 8;
 pub(crate) const PAST: Duration = Duration::ZERO;
 /// Number of looks at the shared cursor for each look at the clock.
 const LOOKS_PER_CLOCK: u32 = 16;
+/// Longest time for which an end that spins reads the region without a look for its removal. It is
+/// longer than the spins of [`Strategy::PROMPT`] and [`Strategy::STREAM`].
+const LONGEST_UNCHECKED: Duration = Duration::from_micros(100);
 
 /// One end's view of the other end: its presence, and the means to wait for it.
 #[derive(Debug)]
@@ -103,6 +182,9 @@ pub struct Link<M, E> {
     words: Option<PresenceWords>,
     /// Whether there is another end, which can be rung.
     has_peer: bool,
+    /// Whether the channel was reset before this end attached. A former end that lives on through
+    /// the reset can replace the wake threshold of this end.
+    follows_reset: bool,
     peer: Presence,
     events: E,
     /// Whether a doorbell has come through since the other end last changed.
@@ -118,17 +200,20 @@ pub struct Link<M, E> {
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// Creates the link of an end, whose other end shows its presence in `words` if it can be seen.
     /// Rings the other end once, because it may have gone to sleep before this end came. Without
-    /// another end (`has_peer` is false) it never rings.
+    /// another end (`has_peer` is false) it never rings. `follows_reset` says whether the channel
+    /// was reset before.
     pub(crate) fn attach(
         region: Region<M>,
         words: Option<PresenceWords>,
         events: E,
         has_peer: bool,
-    ) -> Result<Self, E::Error> {
+        follows_reset: bool,
+    ) -> Result<Self, ChannelError<E::Error>> {
         let mut link = Link {
             peer: Presence::default(),
             words,
             has_peer,
+            follows_reset,
             region,
             events,
             proven: false,
@@ -138,7 +223,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             fruitless: 0,
         };
         link.peer = link.read_peer();
-        link.ring()?;
+        link.ring().map_err(ChannelError::Events)?;
         Ok(link)
     }
 
@@ -146,6 +231,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     /// cannot see each other.
     pub fn peer(&self) -> Presence {
         self.peer
+    }
+
+    /// Returns whether the channel was reset before this end attached.
+    pub(crate) fn follows_reset(&self) -> bool {
+        self.follows_reset
     }
 
     /// Returns whether no process holds the other end. The result is false between two VMs, which
@@ -200,25 +290,49 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
 
     /// Returns the time of this side's monotonic clock, in nanoseconds.
     pub fn time(&self) -> u64 {
+        nanoseconds(self.events.now())
+    }
+
+    /// Returns the time as [`Link::time`] does, and checks the device if that is due. A sender that
+    /// finds room sees nothing else of a device that has lost its region.
+    #[inline(always)]
+    pub(crate) fn checked_time(&mut self) -> Result<u64, ChannelError<E::Error>> {
         let now = self.events.now();
-        // 64 bits of nanoseconds last for five centuries.
-        now.as_secs()
-            .wrapping_mul(1_000_000_000)
-            .wrapping_add(now.subsec_nanos().into())
+        let checked = self.events.check_device_if_due(now);
+        checked.map_err(ChannelError::Device)?;
+        Ok(nanoseconds(now))
+    }
+
+    /// Returns the error of a channel, or that of the device if it is the reason why the channel
+    /// seems to be corrupt or reset.
+    #[cold]
+    pub(crate) fn explain(
+        &self,
+        error: impl Into<ChannelError<E::Error>>,
+    ) -> ChannelError<E::Error> {
+        match error.into() {
+            error @ (ChannelError::Corrupt(_) | ChannelError::Reset(_)) => {
+                let checked = self.events.check_device();
+                checked.map_or_else(ChannelError::Device, |()| error)
+            }
+            error => error,
+        }
     }
 
     /// Stores the changed presence of the other end. Rings the other end, because a doorbell to its
     /// predecessor may be lost, and begins the fallback polls again.
-    fn peer_changed(&mut self, peer: Presence) -> Result<(), E::Error> {
+    fn peer_changed(&mut self, peer: Presence) -> Result<(), ChannelError<E::Error>> {
+        // The words of a region that is lost look like an end that has left.
+        self.events.check_device().map_err(ChannelError::Device)?;
         self.peer = peer;
         self.proven = false;
         self.fallback_poll = FIRST_FALLBACK_POLL;
-        self.ring()?;
+        self.ring().map_err(ChannelError::Events)?;
         Ok(())
     }
 
     /// Notices a change of the other end, for a caller that does not wait.
-    pub(crate) fn look_at_peer(&mut self) -> Result<(), E::Error> {
+    pub(crate) fn look_at_peer(&mut self) -> Result<(), ChannelError<E::Error>> {
         match self.read_peer() {
             peer if peer == self.peer => Ok(()),
             peer => self.peer_changed(peer),
@@ -279,7 +393,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                 if look(Threshold::Unchanged)? {
                     return Ok(Wakeup::Ready);
                 }
-                self.peer_changed(peer).map_err(ChannelError::Events)?;
+                self.peer_changed(peer)?;
                 // At the deadline the final look follows, so that an end that keeps changing cannot
                 // prolong the wait.
                 if !over {
@@ -310,11 +424,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     }
 
     /// Spins. The duration grows while spinning succeeds, and shrinks while it does not.
-    fn spin<X>(
+    fn spin(
         &mut self,
         deadline: Option<Duration>,
-        look: &mut impl FnMut(Threshold) -> Result<bool, X>,
-    ) -> Result<bool, X> {
+        look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
+    ) -> Result<bool, ChannelError<E::Error>> {
         let Strategy {
             least_spin,
             most_spin,
@@ -325,8 +439,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
         let is_probe = self.fruitless % PROBE == PROBE - 1;
         let spin = if is_probe { most_spin } else { self.spin };
-        let end = self.events.now().saturating_add(spin);
+        let start = self.events.now();
+        let end = start.saturating_add(spin);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
+        let mut next_check = start.saturating_add(LONGEST_UNCHECKED);
         loop {
             for _ in 0..LOOKS_PER_CLOCK {
                 spin_loop();
@@ -336,7 +452,12 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                     return Ok(true);
                 }
             }
-            if self.events.now() >= end || self.read_peer() != self.peer {
+            let now = self.events.now();
+            if now >= next_check {
+                self.events.check_device().map_err(ChannelError::Events)?;
+                next_check = now.saturating_add(LONGEST_UNCHECKED);
+            }
+            if now >= end || self.read_peer() != self.peer {
                 self.spin = (self.spin / 2).max(least_spin);
                 self.fruitless = self.fruitless.wrapping_add(1);
                 return Ok(false);
@@ -390,9 +511,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     fn sleep(&mut self, left: Option<Duration>) -> Result<(), E::Error> {
         // Until a doorbell has come through from this incarnation of the other end, one may have
         // been lost: before QEMU was ready, while the guest had its interrupts masked, or because a
-        // producer was killed before it rang. If the other end cannot be seen, the fallback polls
-        // never end.
-        let fallback_poll = (!self.proven || self.words.is_none()).then_some(self.fallback_poll);
+        // producer was killed before it rang. If the other end cannot be seen, or a former end can
+        // replace the wake threshold, the fallback polls never end.
+        let polls = !self.proven || self.words.is_none() || self.follows_reset;
+        let fallback_poll = polls.then_some(self.fallback_poll);
         let timeout = match (left, fallback_poll) {
             (Some(left), Some(fallback_poll)) => Some(left.min(fallback_poll)),
             (left, fallback_poll) => left.or(fallback_poll),
@@ -404,4 +526,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         }
         Ok(())
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    // 64 bits of nanoseconds last for five centuries.
+    time.as_secs()
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(time.subsec_nanos().into())
 }

@@ -11,6 +11,35 @@ use crate::sync::AtomicU64;
 use crate::wire::layout::{BROKER_PAGE, End, Layout, PAGE_SIZE, presence};
 
 /// Offsets of the words that show the presence of one end of a channel.
+///
+/// ```
+/// use barlink_protocol::PresenceWords;
+/// use barlink_protocol::wire::layout::End;
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let words = PresenceWords::find(&layout, 0, End::Producer, region.size());
+/// let presence = words.expect("all of the region is mapped").read(&region);
+/// assert!(!presence.is_held());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct PresenceWords {
     epoch: u64,

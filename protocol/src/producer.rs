@@ -79,6 +79,43 @@ impl From<Detached> for ReserveError {
 }
 
 /// A channel's producer. Its claim ensures that there is only one at a time.
+///
+/// ```
+/// use barlink_protocol::{Notify, Producer};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let mut producer = Producer::attach(region, &channel)?;
+/// // Two records in one commit.
+/// for reading in [21.5_f64, 21.7] {
+///     let mut room = producer.reserve(8)?;
+///     room.write(0, &reading.to_le_bytes());
+///     room.stage(Kind::USER, 8, 0);
+/// }
+/// if producer.publish()? == Notify::Ring {
+///     // The program rings the consumer here.
+///     producer.count_ring();
+/// }
+/// assert_eq!(producer.sequence(), 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Producer<M> {
     region: Region<M>,
@@ -106,7 +143,7 @@ pub struct Producer<M> {
     /// Sequence number with which the channel began at its reset.
     first: u64,
     /// Number with which the channel began, and how many numbers no record has since then. The
-    /// number of records is what the next sequence number has beyond it.
+    /// number of records is the difference between the next sequence number and this one.
     unused: u64,
     /// Index of the older one of the two commit notes.
     older_note: usize,
@@ -119,6 +156,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     /// Attaches to a channel where its last producer stopped: behind the last committed record.
     ///
     /// `channel` comes from the checked layout of `region`.
+    ///
+    /// # Errors
+    ///
+    /// The words of the channel contradict each other, or a reset of it is under way.
     pub fn attach(region: Region<M>, channel: &Channel) -> Result<Self, Corrupt> {
         let generation = crate::state::check_generation(&region, channel)?;
         let base = channel.offset;
@@ -189,8 +230,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         self.unused.wrapping_sub(self.first)
     }
 
-    /// Reserves space for a record with `length` bytes of payload. The caller fills it in place,
+    /// Reserves room for a record with `length` bytes of payload. The caller fills it in place,
     /// and commits or stages it. Dropping the reservation leaves the channel unchanged.
+    ///
+    /// # Errors
+    ///
+    /// The channel has no room now ([`ReserveError::Full`]), the record is too large for it, the
+    /// consumer wrote an invalid cursor, or the channel was reset.
     pub fn reserve(&mut self, length: usize) -> Result<Reservation<'_, M>, ReserveError> {
         let place = self.find_room(length)?;
         Ok(self.reservation(place, length)?)
@@ -335,6 +381,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Ok(notify)
     }
 
+    /// Returns whether the channel was reset before this end attached.
+    pub(crate) fn follows_reset(&self) -> bool {
+        self.generation != 0
+    }
+
     fn was_reset(&self) -> bool {
         self.region.load(self.base + channel::GENERATION) != self.generation
     }
@@ -350,7 +401,8 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         Reset
     }
 
-    /// Counts a record that was dropped because the channel was full.
+    /// Counts a record that was dropped because the channel was full. Publish staged records first:
+    /// their sequence numbers do not count this one, and a tap expects that.
     pub fn drop_record(&mut self) {
         self.leave_unused(1);
     }
@@ -376,6 +428,11 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
 
     /// Sets the sequence number of the first record. The numbers below it count neither as records
     /// nor as dropped.
+    ///
+    /// # Errors
+    ///
+    /// A record was committed, staged or dropped, or a number skipped, since the reset; or the
+    /// channel was reset while this end was attached.
     pub fn set_first_sequence(&mut self, number: u64) -> Result<(), FirstSequenceError> {
         if self.was_reset() {
             return Err(self.detach().into());
@@ -473,7 +530,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
     }
 }
 
-/// Space for a record in the region. The record is filled in place.
+/// Room for a record in the region. The record is filled in place.
 #[derive(Debug)]
 pub struct Reservation<'a, M> {
     producer: &'a mut Producer<M>,
@@ -485,7 +542,7 @@ pub struct Reservation<'a, M> {
 }
 
 impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
-    /// Returns the bytes of payload that the reservation has space for.
+    /// Returns the bytes of payload that the reservation has room for.
     pub fn length(&self) -> u32 {
         self.length
     }

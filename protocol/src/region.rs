@@ -82,11 +82,11 @@ pub struct Region<M> {
 #[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelFence {
-    /// A producer's, behind its limit.
+    /// The fence of a producer between its limit and its data.
     Limit,
-    /// A tap's, behind a copy.
+    /// The fence of a tap between its copy and its look at the limit.
     Copy,
-    /// A tap's, behind a commit note.
+    /// The fence of a tap between its loads of a commit note and its second look at the cursor.
     Note,
 }
 
@@ -129,8 +129,8 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         &self.memory[index(offset)]
     }
 
-    /// Loads a word that publishes other words: what was stored before its release is visible after
-    /// this load.
+    /// Loads a word that publishes other words: words that were stored before its release are
+    /// visible after this load.
     pub(crate) fn acquire(&self, offset: u64) -> u64 {
         let value = self.word(offset).load(Ordering::Acquire);
         self.copier.fence_loads();
@@ -455,18 +455,50 @@ pub(crate) fn is_message_socket(fd: libc::c_int) -> bool {
     told == 0 && kind != libc::SOCK_STREAM
 }
 
-/// Returns how many bytes a regular file has from its position on. `None` for other files, and for
-/// a position beyond the end.
+/// Returns the size of a regular file in bytes, as its file system tells it. `None` for other
+/// files.
 #[cfg(not(loom))]
-pub(crate) fn bytes_left(fd: libc::c_int) -> Option<u64> {
-    let stat = stat(fd)?;
-    if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
-        return None;
+pub(crate) fn file_size(fd: libc::c_int) -> Option<u64> {
+    let stat = stat(fd).filter(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFREG)?;
+    u64::try_from(stat.st_size).ok()
+}
+
+/// Moves the position of a file by an offset in bytes. Returns the new position.
+#[cfg(not(loom))]
+pub(crate) fn seek(fd: libc::c_int, offset: i64) -> Option<u64> {
+    // SAFETY: `lseek` accesses no memory.
+    let position = unsafe { libc::lseek(fd, offset, libc::SEEK_CUR) };
+    u64::try_from(position).ok()
+}
+
+/// Returns the error that each `read(2)` of a descriptor would have, if it is of a folder or is not
+/// open for reading.
+#[cfg(not(loom))]
+pub(crate) fn check_readable(fd: libc::c_int) -> io::Result<()> {
+    if stat(fd).is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR) {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
-    // SAFETY: `lseek` accesses no memory, and here does not move the position.
-    let position = unsafe { libc::lseek(fd, 0, libc::SEEK_CUR) };
-    let position = u64::try_from(position).ok()?;
-    u64::try_from(stat.st_size).ok()?.checked_sub(position)
+    check_access(fd, libc::O_WRONLY)
+}
+
+/// Returns the error that each `write(2)` of a descriptor would have, if it is not open for
+/// writing.
+#[cfg(not(loom))]
+pub(crate) fn check_writable(fd: libc::c_int) -> io::Result<()> {
+    check_access(fd, libc::O_RDONLY)
+}
+
+/// Returns an error if a descriptor is open for the `other` access only, for none at all, or not
+/// open.
+#[cfg(not(loom))]
+fn check_access(fd: libc::c_int, other: libc::c_int) -> io::Result<()> {
+    // SAFETY: The call accesses no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    result(flags as libc::ssize_t)?;
+    match flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == other {
+        true => Err(io::Error::from_raw_os_error(libc::EBADF)),
+        false => Ok(()),
+    }
 }
 
 /// Returns how many bytes a pipe, a socket or a terminal has to read. `None` for files that do not

@@ -23,6 +23,11 @@ pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layo
 
 /// Reads and checks the layout of a region of `size` bytes. Everything except the drivers' pages
 /// must be mapped, so that the reader can reach all that any valid layout names.
+///
+/// # Errors
+///
+/// The first page is no superblock of this version, its layout is not valid, or less is mapped than
+/// the layout needs.
 pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     size: u64,
@@ -154,6 +159,34 @@ const LOOKS: u32 = 16;
 
 /// A snapshot of a channel's words, unchecked. The words are not all loaded at the same instant.
 /// The two cursors fit together, unless the consumer's moves at every look.
+///
+/// ```
+/// use barlink_protocol::state::ChannelState;
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let state = ChannelState::read(&region, &channel);
+/// println!("{} records, {} resets", state.records, state.generation);
+/// assert_eq!(state.fill(&channel), Some(0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChannelState {
     /// Number of times that the channel was reset.

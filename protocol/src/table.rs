@@ -11,8 +11,8 @@ use crate::wire::layout::{
     Channel, Layout, LayoutError, PAGE_SIZE, TABLE_COUNT, encode_entry, table_entry,
 };
 
-/// Sets the header of a new channel to zero. Bytes of a reserve belong to no one, and any program
-/// may have written there.
+/// Sets the header of a new channel to zero. A reserve belongs to no program until a channel is
+/// there, so any program may have written to it.
 pub fn clear_header<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, channel: &Channel) {
     for offset in (0..PAGE_SIZE).step_by(8) {
         region.store(channel.offset + offset, 0);
@@ -21,7 +21,7 @@ pub fn clear_header<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, channel:
 
 /// Publishes the entries of a layout's table from an index on. The count comes last, so that a
 /// reader that sees it sees each entry whole. An entry that was published before is stored as it
-/// is. The region's own count is not looked at, because others can write it.
+/// is. The count in the region is not read, because other programs can write it.
 pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layout, from: usize) {
     let store = |offset, word| region.store(offset, word);
     // SYNC: table; pairs with the Acquire load in `extend`, and with the driver's read.

@@ -29,6 +29,44 @@ pub enum Sight {
 }
 
 /// A tap of a channel.
+///
+/// ```
+/// use barlink_protocol::{Sight, Tap};
+///
+/// # use std::sync::Arc;
+/// # use barlink_protocol::cursor::Kind;
+/// # use barlink_protocol::region::Region;
+/// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+/// # use barlink_protocol::{AtomicU64, state};
+/// # let channel = Channel {
+/// #     name: "up".parse::<Name>()?,
+/// #     producer: 0,
+/// #     consumer: 1,
+/// #     vector: 0,
+/// #     policy: Policy::Wait,
+/// #     offset: FIRST_FREE,
+/// #     capacity: 4096,
+/// # };
+/// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+/// # let words = layout.region_size / 8;
+/// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+/// # let region = Region::new(memory);
+/// # state::publish(&region, &layout);
+/// let mut tap = Tap::attach(region.clone(), &channel);
+/// # let mut producer = barlink_protocol::Producer::attach(region, &channel)?;
+/// # let mut room = producer.reserve(5)?;
+/// # room.write(0, b"hello");
+/// # let _ = room.commit(Kind::USER, 5, 0)?;
+/// let mut bytes = Vec::new();
+/// while let Sight::Record(header) = tap.look() {
+///     bytes.resize(header.length as usize, 0);
+///     if tap.copy(&mut bytes) {
+///         println!("record {}, {} missed", header.sequence, tap.missed());
+///     }
+/// }
+/// assert_eq!(bytes, b"hello");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Tap<M> {
     region: Region<M>,
@@ -50,12 +88,18 @@ pub struct Tap<M> {
     dropped: u64,
 }
 
-/// The newest commit, as its note has it.
+/// A cursor at which a record starts or will start, and the record's index.
+type Place = (u64, u64);
+
+/// The places at which a tap can begin or go on.
 #[derive(Clone, Copy, Debug)]
-struct Commit {
-    written: u64,
-    records: u64,
-    last: u64,
+struct Start {
+    /// The newest record.
+    newest: Place,
+    /// The place behind it. If this tap was too slow to read a commit note, the newest record's.
+    next: Place,
+    /// Number of records that were dropped before.
+    dropped: u64,
 }
 
 /// Generation of a tap that began during a reset. It is even, and no channel has it.
@@ -159,8 +203,9 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
             if written == self.cursor {
                 return Sight::Nothing;
             }
-            match self.find(written) {
-                Some(header) => {
+            match self.find(self.cursor, written) {
+                Some((cursor, header)) => {
+                    self.cursor = cursor;
                     self.found = Some(header);
                     return Sight::Record(header);
                 }
@@ -170,39 +215,32 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         Sight::Nothing
     }
 
-    /// Copies the header of the record at the cursor, or behind padding there. `None` if the copy
-    /// is not whole.
-    fn find(&mut self, written: u64) -> Option<Header> {
+    /// Copies the header of the record at a cursor, or behind padding there. Returns it with the
+    /// record's cursor. `None` if the copy is not whole.
+    fn find(&self, mut cursor: u64, written: u64) -> Option<(u64, Header)> {
         // Committed bytes have at most one padding before a record.
         for _ in 0..2 {
-            let available = written.checked_sub(self.cursor)?;
-            let words = self.header(self.cursor);
-            if !self.is_whole(self.cursor) {
+            let available = written.checked_sub(cursor)?;
+            let words = self.header(cursor);
+            if !self.is_whole(cursor) {
                 return None;
             }
-            let checked = self.capacity.check(words[0], self.cursor, available);
+            let checked = self.capacity.check(words[0], cursor, available);
             let span = checked.ok()?;
             if !is_padding(words) {
-                return Some(Header::from_checked(words));
+                return Some((cursor, Header::from_checked(words)));
             }
-            self.cursor += span;
+            cursor += span;
         }
         None
     }
 
     /// Goes to the newest record. Returns whether it found one.
     fn go_to_newest(&mut self) -> bool {
-        let Some(commit) = self.newest_commit() else {
+        let Some(start) = self.start() else {
             return false;
         };
-        let Some(index) = commit.records.checked_sub(1) else {
-            // There is no record yet, so none was passed over.
-            self.cursor = commit.written;
-            self.index = 0;
-            return true;
-        };
-        self.index = index;
-        self.cursor = commit.last;
+        (self.cursor, self.index) = start.newest;
         true
     }
 
@@ -220,38 +258,31 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
             return false;
         }
         let before = core::mem::replace(&mut self.generation, generation);
-        let Some((commit, dropped)) = (0..TRIES).find_map(|_| self.commit_with_dropped()) else {
+        let Some(start) = (0..TRIES).find_map(|_| self.start()) else {
             self.generation = before;
             return false;
         };
         (self.missed, self.dropped) = (0, 0);
-        (self.cursor, self.index) = (commit.written, commit.records);
-        (self.counted, self.dropped_before) = (commit.records, dropped);
-        if !is_first {
-            (self.counted, self.dropped_before) = (0, 0);
-            if let Some(index) = commit.records.checked_sub(1) {
-                (self.cursor, self.index) = (commit.last, index);
-            }
-        }
+        let (place, counted, dropped) = match is_first {
+            true => (start.next, start.next.1, start.dropped),
+            false => (start.newest, 0, 0),
+        };
+        (self.cursor, self.index) = place;
+        (self.counted, self.dropped_before) = (counted, dropped);
         !is_first
     }
 
-    /// Reads the newest commit, and the number of records that were dropped before the next one.
-    /// `None` as for [`Tap::newest_commit`].
-    fn commit_with_dropped(&self) -> Option<(Commit, u64)> {
-        // SYNC: committed; pairs with the Release store in `Producer::publish`.
-        let written = self.region.acquire(self.base + channel::WRITTEN);
-        let dropped = self.region.load(self.base + channel::DROPPED);
-        let commit = self.newest_commit()?;
-        (commit.written == written).then_some((commit, dropped))
-    }
-
-    /// Reads the newest commit. `None` if another commit or a reset came meanwhile, or if a former
-    /// producer wrote a note after a reset.
-    // As few loads as possible between those of `written`: over noncached memory each one takes as
-    // long as a producer with cached memory needs for a record.
-    fn newest_commit(&self) -> Option<Commit> {
+    /// Finds the newest record by its commit note. If another commit came while the note was read,
+    /// finds the first record of that commit instead. `None` if the producer dropped a record or
+    /// went through the whole channel meanwhile, after a reset, or if a former producer wrote a
+    /// note after a reset.
+    // There are as few loads as possible between those of `written`, because over noncached memory
+    // each load takes as long as a producer with cached memory takes for a record.
+    fn start(&self) -> Option<Start> {
         let load = |offset| self.region.load(self.base + offset);
+        // SYNC: dropped-then-cursor; pairs with the fence in `Producer::publish`. A record whose
+        // commit comes behind this cursor was not committed when this number was stored.
+        let dropped = self.region.acquire(self.base + channel::DROPPED);
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self.region.acquire(self.base + channel::WRITTEN);
         let [first, second] = channel::NOTES;
@@ -260,21 +291,53 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         } else {
             second
         };
-        let note = Commit {
-            written: load(note),
-            records: load(note + channel::NOTE_RECORDS),
-            last: load(note + channel::NOTE_LAST),
-        };
+        let noted = load(note);
+        let records = load(note + channel::NOTE_RECORDS);
+        let last = load(note + channel::NOTE_LAST);
         // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
         // after it has stored the cursor of the commit between.
         self.region.fence_note();
-        let is_same = load(channel::WRITTEN) == written && self.is_same_generation();
-        let last = match note.records {
-            0 => written,
-            _ => note.last,
+        let now = load(channel::WRITTEN);
+        if now != written {
+            return self.start_behind(written, now, dropped);
+        }
+        if noted != written || !self.is_same_generation() {
+            return None;
+        }
+        let next = (written, records);
+        let newest = match records.checked_sub(1) {
+            Some(index) => (last, index),
+            // There is no record yet, so none was passed over.
+            None => next,
         };
-        self.capacity.in_flight(written, last).ok()?;
-        (is_same && note.written == written).then_some(note)
+        self.capacity.in_flight(written, newest.0).ok()?;
+        Some(Start {
+            newest,
+            next,
+            dropped,
+        })
+    }
+
+    /// Finds the first record of the commit that came behind a cursor. Its index follows from its
+    /// sequence number, if no record was dropped since `dropped` was loaded before the cursor.
+    // So a tap is not kept from its start by commits that come faster than it reads a note. It only
+    // has to read the record before the producer has gone through the whole channel.
+    #[cold]
+    fn start_behind(&self, cursor: u64, written: u64, dropped: u64) -> Option<Start> {
+        // SYNC: committed; pairs with the Release store in `Producer::publish`.
+        self.region.fence_loads();
+        let (cursor, header) = self.find(cursor, written)?;
+        let first = self.region.load(self.base + channel::FIRST);
+        let is_same = self.region.load(self.base + channel::DROPPED) == dropped;
+        let index = header.sequence.wrapping_sub(first).wrapping_sub(dropped);
+        let place = (cursor, index);
+        // SYNC: reset-then-cursors; pairs with the fence in `state::reset`.
+        self.region.fence_loads();
+        (is_same && self.is_same_generation()).then_some(Start {
+            newest: place,
+            next: place,
+            dropped,
+        })
     }
 
     /// Copies the header at a cursor. If the data area ends within the header, only padding can be

@@ -494,7 +494,8 @@ fn reader_keeps_entries_over_forged_table() {
     layout.append(added("a", 0)).unwrap();
     state::publish(&page, &layout);
     let entry = |index| table_entry(index);
-    // The entries that the reader has are forged, and it does not look at them.
+    // Entries that the reader has already are forged in the region. The reader does not read them
+    // again.
     let mut reader = layout.clone();
     page.store(entry(0), u64::MAX);
     page.store(entry(2) + 40, FIRST_FREE);
@@ -502,13 +503,13 @@ fn reader_keeps_entries_over_forged_table() {
     table::publish(&page, &layout, 3);
     table::extend(&page, &mut reader).unwrap();
     assert_eq!(reader, layout);
-    // A forged count.
+    // A forged count is refused.
     for count in [0, 3, 61, u64::MAX] {
         page.store(TABLE_COUNT, count);
         assert!(table::extend(&page, &mut reader).is_err(), "{count}");
         assert_eq!(reader, layout);
     }
-    // A new entry over another channel is not taken.
+    // A new entry that overlaps another channel is not taken.
     for (offset, word) in (entry(4)..).step_by(8).zip(encode_entry(&added("c", 0))) {
         page.store(offset, word);
     }

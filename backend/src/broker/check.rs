@@ -41,10 +41,10 @@ pub fn check(config: &Config, makes_run_folder: bool) -> Result<Checked, CheckEr
     for path in slots().chain([config.control.as_path()]) {
         match Listener::check(path, run_folder) {
             // The service runs, and its successor can listen there.
-            Err(SocketError::Unreachable { path, .. } | SocketError::Locked { path, .. })
-                if is_control_process() =>
-            {
-                return Err(BrokerError::from(SocketError::Removed { path }).into());
+            Err(
+                SocketError::Unreachable { path, by, .. } | SocketError::Locked { path, by, .. },
+            ) if is_control_process() => {
+                return Err(BrokerError::from(SocketError::Removed { path, by }).into());
             }
             checked => checked.map_err(BrokerError::from)?,
         }

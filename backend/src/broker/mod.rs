@@ -165,7 +165,8 @@ impl Broker {
     pub fn run(self, stop: &OwnedFd) -> Result<Exit, BrokerError> {
         let state = &self.state;
         let listeners = self.acceptors.iter().map(|acceptor| &acceptor.listener);
-        // Before the first thread starts, because threads inherit the rights of their creator.
+        // The rights are given up before the first thread starts, because a thread inherits the
+        // rights of its creator.
         let needs_loopback = self
             .acceptors
             .iter()

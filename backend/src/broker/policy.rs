@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(access(&policy, peer(9, 104), &[]), read_only);
         assert_eq!(access(&policy, peer(9, 1), &[27, 104]), read_only);
         assert_eq!(access(&policy, peer(9, 8), &[8]), None);
-        // The greater right counts.
+        // A peer that the policy admits in two ways gets the greater access.
         for peer in [peer(7, 104), peer(1000, 104), peer(0, 0)] {
             assert_eq!(access(&policy, peer, &[104]), Some(Access::ReadWrite));
         }

@@ -23,7 +23,8 @@ const PAUSE: Duration = Duration::from_millis(1);
 pub fn answer_questions(region: &Arc<SharedRegion>) -> io::Result<()> {
     let region = Arc::clone(region);
     let epoll = Epoll::new()?;
-    // Edges, because no host app reads an eventfd of the host, and so this thread must not.
+    // The epoll waits for edges, because no process may read an eventfd of the host: host apps wait
+    // on the same eventfd.
     if let Some(eventfd) = region.eventfds(region.layout().host()).first() {
         let events = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
         epoll.ctl(ControlOperation::Add, eventfd.as_raw_fd(), events)?;

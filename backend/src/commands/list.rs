@@ -122,6 +122,7 @@ fn entry(name: String, control: PathBuf) -> Option<Entry> {
         // The kernel checks the permission before the type, so such a file can be any socket.
         Err(Error::Control(
             ControlError::NoBroker { .. }
+            | ControlError::NotASocket { .. }
             | ControlError::NotABroker { .. }
             | ControlError::Permission { .. },
         )) => {

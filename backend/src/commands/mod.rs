@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use barlink::Access;
-use barlink::host::{self, AttachOptions, Attachment};
+use barlink::host::{self, AttachOptions, Attachment, ControlError};
+use barlink_cli::notice::Found;
 use barlink_cli::standard::print;
 use barlink_cli::unread::wait_until_received;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -81,10 +82,24 @@ fn attach_by(which: &Which, options: &AttachOptions) -> Result<Attachment, barli
     }
 }
 
-/// Attaches to the broker that now answers at the socket that the command line names, if there is
-/// one.
-fn look(which: &Which) -> Option<Attachment> {
-    attach_by(which, &AttachOptions::new().access(Access::ReadOnly)).ok()
+/// Attaches to the broker that now answers at the socket that the command line names.
+fn look(which: &Which) -> Result<Attachment, barlink::Error> {
+    attach_by(which, &AttachOptions::new().access(Access::ReadOnly))
+}
+
+/// Returns what the answer of [`look`] shows. A broker can have refused.
+fn found(answer: &Result<Attachment, barlink::Error>) -> Found {
+    match answer {
+        Ok(_) | Err(barlink::Error::Layout { .. } | barlink::Error::Memory(_)) => Found::Broker,
+        Err(barlink::Error::Control(error)) => match error {
+            ControlError::Rejected { .. }
+            | ControlError::Closed { .. }
+            | ControlError::Refused(_) => Found::Broker,
+            ControlError::NoBroker { .. } | ControlError::NoBrokerOfName { .. } => Found::Nothing,
+            _ => Found::Unknown,
+        },
+        Err(_) => Found::Unknown,
+    }
 }
 
 /// Checks that the region is still served after something was sent through a channel, or was
@@ -92,17 +107,28 @@ fn look(which: &Which) -> Option<Attachment> {
 ///
 /// # Errors
 ///
-/// The region has no broker any more, and what was sent was not received (`wait_until_received`).
+/// The region has no broker any more, and no program received the records or bytes
+/// (`wait_until_received`).
 fn confirm(broker: &Attachment, which: &Which, channel: Option<&str>) -> Result<()> {
     let mut connection = [PollFd::new(broker, PollFlags::RDHUP)];
     let is_connected = matches!(poll(&mut connection, Some(&Timespec::default())), Ok(0));
-    let instance = broker.layout().identity.instance;
-    if is_connected || look(which).is_some_and(|now| now.layout().identity.instance == instance) {
+    if is_connected {
         return Ok(());
     }
-    let fault = "the broker has ended, and no program is known to have received what was sent: start the programs at \
-                 both ends anew, and send it again";
-    wait_until_received(broker.region().ring(), broker.layout(), channel, fault)
+    let instance = broker.layout().identity.instance;
+    let answer = look(which);
+    let cause = match &answer {
+        Ok(now) if now.layout().identity.instance == instance => return Ok(()),
+        Err(error) if found(&answer) != Found::Nothing => {
+            format!("the broker has closed the connection, and a new one fails ({error})")
+        }
+        _ => "the broker has ended".to_owned(),
+    };
+    let fault = format!(
+        "{cause}, and no program is known to have received what was sent: start the programs at both ends anew, and \
+         send it again"
+    );
+    wait_until_received(broker.region().ring(), broker.layout(), channel, &fault)
 }
 
 /// Returns the control socket where `serve` makes it: in the user's run folder, unless a path is

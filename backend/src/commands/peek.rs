@@ -28,7 +28,7 @@ pub fn peek(args: &Peek) -> Result<()> {
             false => attachment.read_guest(slot, address, part)?,
         }
     }
-    place::show(&bytes, &args.peek)
+    place::show(&bytes, &args.peek, 0)
 }
 
 pub fn poke(args: &Poke) -> Result<()> {

@@ -30,7 +30,32 @@ pub fn serve(args: Serve) -> Result<()> {
         return check(args);
     }
     let needed = descriptors(&args);
-    run(args).map_err(|error| with_cure(error, needed))
+    // A broker that has given up its rights cannot ask for them.
+    let limits = Limits::of_this_process();
+    run(args).map_err(|error| with_cure(error, needed, &limits))
+}
+
+/// The limits of a process that errors name.
+struct Limits {
+    files: String,
+    address_space: String,
+    file_size: String,
+    processes: String,
+}
+
+impl Limits {
+    fn of_this_process() -> Self {
+        let limit = |resource| {
+            let limit = rustix::process::getrlimit(resource).current;
+            limit.map_or("no limit".to_owned(), |limit| limit.to_string())
+        };
+        Limits {
+            files: limit(Resource::Nofile),
+            address_space: limit(Resource::As),
+            file_size: limit(Resource::Fsize),
+            processes: limit(Resource::Nproc),
+        }
+    }
 }
 
 /// Descriptors of a broker beside its eventfds: its own, and those of host apps and sessions.
@@ -52,31 +77,27 @@ fn descriptors(args: &Serve) -> u64 {
 }
 
 /// Adds to an error what to do about a limit of the process.
-fn with_cure(error: anyhow::Error, needed: u64) -> anyhow::Error {
+fn with_cure(error: anyhow::Error, needed: u64, limits: &Limits) -> anyhow::Error {
     let system = error.chain().find_map(|cause| {
         let error: &io::Error = cause.downcast_ref()?;
         error.raw_os_error()
     });
-    let limit = |resource| {
-        let limit = rustix::process::getrlimit(resource).current;
-        limit.map_or("no limit".to_owned(), |limit| limit.to_string())
-    };
     match system {
         Some(libc::EMFILE) => error.context(format!(
             "the limit on open files, {}, is too low: raise it to {needed} (`ulimit -n {needed}`; LimitNOFILE= in a unit)",
-            limit(Resource::Nofile)
+            limits.files
         )),
         Some(libc::ENOMEM) => error.context(format!(
             "the memory does not suffice, or the limit on address space, {}, is too low: take a smaller --size, or raise the limit (`ulimit -v`; LimitAS= in a unit)",
-            limit(Resource::As)
+            limits.address_space
         )),
         Some(libc::EFBIG) => error.context(format!(
             "the limit on the size of files, {} bytes, is lower than --size: raise it (`ulimit -f unlimited`; LimitFSIZE= in a unit)",
-            limit(Resource::Fsize)
+            limits.file_size
         )),
         Some(libc::EAGAIN) => error.context(format!(
-            "no further thread or process is permitted to this user or service, whose limit is {}: raise it (`ulimit -u`; LimitNPROC= and TasksMax= in a unit)",
-            limit(Resource::Nproc)
+            "no further thread or process is permitted to this user or service, whose limit is {}, or there is no memory for its stack: raise the limit (`ulimit -u`, `ulimit -v`; LimitNPROC=, TasksMax= and LimitAS= in a unit)",
+            limits.processes
         )),
         Some(libc::ENFILE) => error.context(
             "the machine has as many open files as it permits: raise the limit (`sysctl fs.file-max`)",
@@ -120,8 +141,11 @@ fn run(args: Serve) -> Result<()> {
     // Descriptors from a service manager belong to a predecessor that has ended.
     let inheritance = if replace && inherited.is_empty() {
         let asked = Predecessor::ask(&config.control);
-        if let Err(ControlError::NoBrokerToReplace { path }) = &asked {
-            // A broker can be there all the same.
+        if let Err(
+            ControlError::NoBrokerToReplace { path } | ControlError::NotASocket { path, .. },
+        ) = &asked
+        {
+            // A broker can listen there although its socket has lost its file.
             Listener::check_reachable(path).map_err(BrokerError::from)?;
         }
         let mut asked = asked?;
@@ -170,17 +194,19 @@ fn run(args: Serve) -> Result<()> {
             .inspect_err(|error| warn!("the files of the sockets will stay: {error}"))
             .ok(),
     };
-    match broker.run(&stop.into())? {
-        Exit::Stopped => {
-            info!("stopped");
-            if sweeper.is_some_and(|sweeper| !sweeper.sweep()) {
-                warn!(
-                    "the files of the sockets could not be removed: the next broker removes them"
-                );
-            }
+    let exit = broker.run(&stop.into());
+    match exit {
+        Ok(Exit::HandedOver) => {
+            info!("stopped: the successor serves now");
+            return Ok(());
         }
-        Exit::HandedOver => info!("stopped: the successor serves now"),
+        Ok(Exit::Stopped) => info!("stopped"),
+        Err(_) => (),
     }
+    if sweeper.is_some_and(|sweeper| !sweeper.sweep()) {
+        warn!("the files of the sockets could not be removed: the next broker removes them");
+    }
+    exit?;
     Ok(())
 }
 
@@ -296,7 +322,10 @@ fn foreign_owner(folder: &Path) -> Option<u32> {
 /// Returns the number of a user or group. `name` is the number itself, or a name in `/etc/passwd`
 /// or `/etc/group`.
 fn number(name: &str, database: &str) -> Result<u32> {
-    if let Ok(number) = name.parse() {
+    // The greatest number means no user and no group (`chown(2)`).
+    if let Ok(number) = name.parse()
+        && number != u32::MAX
+    {
         return Ok(number);
     }
     let path = format!("/etc/{database}");

@@ -35,13 +35,13 @@ pub fn tail(args: &Tail) -> Result<()> {
     tail::tail(&args.tail, &args.channel, attachment.tap(&args.channel)?)
 }
 
-/// Attaches for a stream, which goes on without its connection. Unless standard error is for JSON,
-/// the end of the connection is then said there.
+/// Attaches for a stream, which goes on if the connection to the broker ends. Standard error
+/// reports that end, unless it is for JSON.
 fn attach(which: &Which, access: Access, json: bool) -> Result<Attachment> {
     let attachment = super::attach(which, access)?;
     if !json {
         let which = which.clone();
-        notice::watch_broker(&attachment, move || super::look(&which).is_some());
+        notice::watch_broker(&attachment, move || super::found(&super::look(&which)));
     }
     Ok(attachment)
 }

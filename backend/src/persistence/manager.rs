@@ -24,6 +24,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::net::SendFlags;
 
 use super::{Stored, name};
+use crate::environment::{text, variable};
 use crate::rate_limit::{Account, NOT_STORED};
 use crate::socket::descriptors;
 
@@ -45,7 +46,7 @@ pub enum Notice {
 /// Returns whether a service manager runs this broker, and so may start it again when it ends. A
 /// program that a service has started inherits the service's environment, but is no service.
 pub fn is_a_service() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some() && is_started_by_manager()
+    variable("NOTIFY_SOCKET").is_some() && is_started_by_manager()
 }
 
 /// Returns whether this is the process that systemd has started, if systemd 248 or later names one
@@ -57,19 +58,19 @@ fn is_started_by_manager() -> bool {
 /// Returns whether systemd 248 or later has started this process, as a service of any type: a unit
 /// of `Type=simple` has no socket for notices. `None` if systemd named no process.
 pub fn is_named_by_manager() -> Option<bool> {
-    let started = std::env::var("SYSTEMD_EXEC_PID").ok()?;
+    let started = text("SYSTEMD_EXEC_PID")?;
     Some(started == std::process::id().to_string())
 }
 
 /// Returns whether a service manager stores the broker's descriptors, so that a successor receives
 /// them: `FDSTORE` is how many it would store (systemd 254 and later).
 pub fn is_managed() -> bool {
-    let room = std::env::var("FDSTORE");
-    is_a_service() && room.is_ok_and(|room| room.parse::<u64>().is_ok_and(|room| room > 0))
+    let room = text("FDSTORE").and_then(|room| room.parse::<u64>().ok());
+    is_a_service() && room.is_some_and(|room| room > 0)
 }
 
 /// A connection to the manager. There is one, made before the broker gives up the right to connect
-/// (`broker/confine.rs`), because the crate `sd-notify` connects for each message.
+/// (`broker/confine.rs`).
 pub struct Manager {
     socket: UnixDatagram,
     /// Whether the manager stores descriptors.
@@ -93,7 +94,7 @@ impl Manager {
     /// Connects to the service manager, if there is one. `present` names the descriptors that it
     /// has already stored.
     pub fn connect(present: BTreeSet<String>) -> Option<Self> {
-        let name = std::env::var_os("NOTIFY_SOCKET").filter(|_| is_a_service())?;
+        let name = variable("NOTIFY_SOCKET").filter(|_| is_a_service())?;
         let address = match name.as_bytes() {
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
             path => SocketAddr::from_pathname(OsStr::from_bytes(path)),
@@ -142,7 +143,7 @@ impl Manager {
     pub fn flush(&self) {
         while !self.queue.lock().waiting.is_empty() {
             let mut room = [PollFd::new(&self.socket, PollFlags::OUT)];
-            // An error here is one of sending, too.
+            // An error of this call is ignored, because sending then fails with it as well.
             let _ = rustix::event::poll(&mut room, None);
             self.send_waiting(&mut self.queue.lock());
         }
@@ -150,8 +151,8 @@ impl Manager {
 
     /// Sends or queues a message, and does not wait for the manager.
     pub fn notify(&self, notice: Notice) {
-        // Dropped after the lock of the queue: the last descriptor of a large file is slow to
-        // close.
+        // These are dropped after the lock of the queue is released, because the last descriptor of
+        // a large file is slow to close.
         let _removed: VecDeque<_>;
         let mut queue = self.queue.lock();
         if let Notice::Remove(name) = &notice {
@@ -267,7 +268,7 @@ mod tests {
         let inherited = BTreeSet::from(["inherited".to_owned()]);
         let manager = Manager::at(socket, inherited);
         let file: Stored = Arc::new(std::fs::File::open("/dev/null").unwrap());
-        // Until the socket takes no more.
+        // Fills the socket.
         let mut sent = 0;
         while manager.queue.lock().waiting.is_empty() {
             manager.notify(Notice::Store(format!("first-{sent}"), Arc::clone(&file)));
@@ -275,8 +276,8 @@ mod tests {
         }
         let copies = Arc::strong_count(&file);
         for turn in 0..1000 {
-            // As an interrupt's eventfds are stored, under two names by turns; a file under ever
-            // new names; and an inherited name.
+            // The three cases are two names in turn, as for the eventfds of an interrupt; a new
+            // name each time, as for the files of guest memory; and a name that was inherited.
             for name in [
                 format!("name-{}", turn % 2),
                 format!("file-{turn}"),

@@ -480,7 +480,7 @@ mod tests {
             assert_eq!(facts(&successor(&after)), facts_after, "{name}");
             match changed[..] {
                 [_] => (),
-                // The owner, which is stored last, is behind the holder words.
+                // The owner words are behind the holder words, and an owner is stored last.
                 [holder, owner] if name.ends_with("holder") => {
                     let place = |word: u64| ((word - PAGE_SIZE) / 8) as usize;
                     assert!(holder < place(OWNERS) && owner >= place(OWNERS));

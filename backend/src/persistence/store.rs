@@ -5,12 +5,12 @@
 //! receives them by these names.
 #![expect(
     unsafe_code,
-    reason = "takes ownership of descriptors that the service manager passed"
+    reason = "examines descriptors that the service manager passed, and takes ownership of them"
 )]
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use rustix::net::Shutdown;
 use super::manager::{Manager, Notice};
 use super::token_bucket::TokenBucket;
 use super::{Inheritance, Stored, name};
+use crate::environment::text;
 
 /// The stored descriptors of this broker.
 pub struct DescriptorStore {
@@ -91,13 +92,14 @@ impl DescriptorStore {
         let notice = Notice::Store(name.clone(), Arc::clone(&descriptor));
         self.notify(&name, notice);
         let before = self.stored.lock().insert(name, descriptor);
-        // Dropped without the lock: a descriptor can be slow to close.
+        // The old descriptor is dropped after the lock is released, because it can be slow to
+        // close.
         drop(before);
     }
 
     /// Removes a descriptor. Does not wait for the service manager.
     pub fn remove(&self, name: &str) {
-        // Dropped at the end, without the lock.
+        // This is dropped at the end, after the lock is released.
         let removed = self.stored.lock().remove(name);
         if removed.is_some() {
             self.remove_of_predecessor(name);
@@ -124,24 +126,82 @@ impl DescriptorStore {
     }
 }
 
+/// Reason why the descriptors that a service manager passed cannot be taken.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{fault}: unset LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES, unless a service manager has set them; restart the service then"
+)]
+pub struct PassedError {
+    fault: String,
+}
+
+/// Number of the first descriptor that a service manager passes (`sd_listen_fds(3)`).
+const FIRST: RawFd = 3;
+
+/// Lists the numbers and names of the descriptors that the service manager passed to this process,
+/// as `sd_listen_fds_with_names(3)` does. Variables that are meant for another process, such as
+/// those of a service that has started a shell, are left alone.
+fn passed(text: impl Fn(&str) -> Option<String>) -> Result<Vec<(RawFd, String)>, PassedError> {
+    let failed = |fault| PassedError { fault };
+    if text("LISTEN_PID") != Some(std::process::id().to_string()) {
+        return Ok(Vec::new());
+    }
+    let Some(count) = text("LISTEN_FDS") else {
+        return Ok(Vec::new());
+    };
+    let last = count
+        .parse()
+        .ok()
+        .and_then(|count| FIRST.checked_add(count));
+    let numbers = FIRST..last.filter(|last| *last >= FIRST).ok_or_else(|| {
+        failed(format!(
+            "LISTEN_FDS is `{count}`, which is no number of descriptors"
+        ))
+    })?;
+    let names = text("LISTEN_FDNAMES").filter(|_| !numbers.is_empty());
+    let Some(names) = names else {
+        let unnamed = numbers.map(|number| (number, "unknown".to_owned()));
+        return Ok(unnamed.collect());
+    };
+    let names: Vec<_> = names.split(':').map(str::to_owned).collect();
+    if names.len() != numbers.len() {
+        let (names, count) = (names.len(), numbers.len());
+        return Err(failed(format!(
+            "LISTEN_FDNAMES has {names} names, and LISTEN_FDS is {count}"
+        )));
+    }
+    Ok(numbers.zip(names).collect())
+}
+
 /// Takes the descriptors that the service manager stored. There are none after a first start, or
 /// after a broker that was killed before it served.
 ///
 /// The program calls this once, before it opens any descriptor.
-pub fn inherited() -> io::Result<Inheritance> {
+pub fn inherited() -> Result<Inheritance, PassedError> {
     let mut inheritance = Inheritance::new();
-    for (descriptor, name) in sd_notify::listen_fds_with_names()? {
+    let passed = passed(text)?;
+    for (number, name) in &passed {
+        // SAFETY: this call takes a number and returns one, and touches no memory. A number of no
+        // open descriptor is an error.
+        if unsafe { libc::fcntl(*number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+            let error = io::Error::last_os_error();
+            return Err(PassedError {
+                fault: format!("LISTEN_FDS names descriptor {number}, `{name}`: {error}"),
+            });
+        }
+    }
+    for (number, name) in passed {
         // SAFETY: the service manager passed this descriptor to this process (`LISTEN_PID`) for it
-        // to own, each under a number of its own, and no other code took it, since this is called
-        // once and first.
-        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        // to own, each under a number of its own, it is open, and no other code took it, since this
+        // is called once and first.
+        let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
         if !name::is_of_broker(&name) {
             warn!(
                 "the service manager passed `{name}`, perhaps of a .socket unit, which a broker does not use: it makes its sockets itself"
             );
             continue;
         }
-        // The newest of a name comes first, and is the valid one.
+        // Of several descriptors with one name, the newest comes first. It is the valid one.
         inheritance.entry(name).or_insert(descriptor);
     }
     if !inheritance.is_empty() && !inheritance.contains_key(name::STATE) {
@@ -157,7 +217,7 @@ pub fn inherited() -> io::Result<Inheritance> {
 fn discard(inheritance: Inheritance) {
     let manager = Manager::connect(inheritance.keys().cloned().collect());
     for (name, descriptor) in inheritance {
-        // Each call fails for the kinds of descriptors that it is not for.
+        // The first call is for locks, the second one for sockets. Each fails for the other kind.
         let _ = rustix::fs::flock(&descriptor, FlockOperation::NonBlockingUnlock);
         let _ = rustix::net::shutdown(&descriptor, Shutdown::Both);
         if let Some(manager) = &manager {
@@ -197,6 +257,52 @@ mod tests {
             if store.is_some_and(|store| store.stored.try_lock().is_some()) {
                 self.closed.fetch_add(1, Ordering::Relaxed);
             }
+        }
+    }
+
+    #[test]
+    fn lists_descriptors_for_this_process_only() {
+        let own = std::process::id().to_string();
+        let other = (std::process::id() + 1).to_string();
+        let listed = |pid: &str, count: &str, names: &str| {
+            let listed = passed(|name| {
+                let value = match name {
+                    "LISTEN_PID" => pid,
+                    "LISTEN_FDS" => count,
+                    _ => names,
+                };
+                (!value.is_empty()).then(|| value.to_owned())
+            });
+            listed.map_err(|error| error.to_string())
+        };
+        let named = |number, name: &str| (number, name.to_owned());
+        assert_eq!(
+            listed(&own, "2", "a:b"),
+            Ok(vec![named(3, "a"), named(4, "b")])
+        );
+        assert_eq!(listed(own.as_str(), "1", ""), Ok(vec![named(3, "unknown")]));
+        for (pid, count, names) in [
+            (own.as_str(), "0", "a"),
+            ("", "", "a"),
+            ("", "x", "a"),
+            ("x", "1", "a:b"),
+            (other.as_str(), "1", "a:b"),
+            (own.as_str(), "", "a:b"),
+        ] {
+            assert_eq!(listed(pid, count, names), Ok(Vec::new()));
+        }
+        for (count, names, fault) in [
+            (
+                "3",
+                "a:b",
+                "LISTEN_FDNAMES has 2 names, and LISTEN_FDS is 3: unset ",
+            ),
+            ("x", "a", "LISTEN_FDS is `x`"),
+            ("-1", "a", "LISTEN_FDS is `-1`"),
+            ("2147483647", "a", "LISTEN_FDS is `2147483647`"),
+        ] {
+            let error = listed(&own, count, names).unwrap_err();
+            assert!(error.starts_with(fault), "{error}");
         }
     }
 

@@ -10,7 +10,7 @@ const BURST: u32 = 2048;
 /// Time that one message costs: 256 a second.
 const EACH: Duration = Duration::from_nanos(1_000_000_000 / 256);
 
-/// The messages of one VM.
+/// The token bucket of one VM: a token for each message that it causes.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenBucket {
     /// The time at which all messages so far are paid for.

@@ -66,7 +66,7 @@ pub struct Slot {
 struct Occupancy {
     words: SlotWords,
     vm: Option<Vm>,
-    /// Whether the broker has ended, so that the number of the connection stays.
+    /// Whether the broker has ended. The number of the connection then stays.
     is_final: bool,
     /// The VMM of this VM, or of the former one until its process has ended.
     vmm: Option<Vmm>,
@@ -106,7 +106,7 @@ impl Slot {
         if let Some(process) = &former {
             descriptors.store(name::vmm(id), Arc::clone(process));
         }
-        // A process that no descriptor names may live.
+        // The process may live even if there is no descriptor of it.
         let is_known = former.is_some() || words.connection() != 0 || words.vmm() != 0;
         let vmm = is_known.then(|| Vmm::new(words.vmm(), former));
         Ok(Slot {
@@ -188,8 +188,12 @@ impl Slot {
         {
             return Err(Taken::Former { pid: former.pid() });
         }
-        // Whether or not that process lives: another one may have its eventfds.
-        if self.config.shares_eventfds && !self.left_in_order(&occupancy) && self.is_consumed() {
+        // This is checked even if that process has ended, because another process may have its
+        // eventfds.
+        if self.config.shares_eventfds
+            && !self.left_in_order(&occupancy)
+            && self.is_consumed(Duration::ZERO)
+        {
             return Err(Taken::Consumed { pid });
         }
         // A service manager keeps every descriptor of a name.
@@ -202,13 +206,15 @@ impl Slot {
         let connection = words.next_connection();
         words.set_handshake(Handshake::New);
         words.set_vmm(vmm.pid);
-        // Rings for the last VM are not for this one, nor are the words of its driver.
+        // Removes the rings and the driver's words that the last VM left, because they are not for
+        // this one.
         for eventfd in self.region.eventfds(self.id) {
             eventfd.drain();
         }
         self.end_driver(words, may_live);
         let first_epoch = words.first_epoch();
-        // Only now: to end the last VM's driver is not a coming of this VM's.
+        // The first epoch is read after the end of the last VM's driver, because that end changes
+        // the epoch, and this VM's driver has not come yet.
         words.set_first_epoch(self.region.driver_epoch(self.id));
         words.set_connection(connection);
         occupancy.vm = Some(Vm::new(peer, connection));
@@ -240,15 +246,22 @@ impl Slot {
         came && epoch.is_multiple_of(2) && epoch != occupancy.words.ended_epoch()
     }
 
-    /// Returns whether the kernel consumes the rings of a vector of the slot. The kernel does so
-    /// before the ring returns.
-    fn is_consumed(&self) -> bool {
-        let mut eventfds = self.region.eventfds(self.id).iter();
-        eventfds.any(|eventfd| {
+    /// Returns whether the rings of a vector of the slot, which is empty, are consumed within a
+    /// time. The kernel does so before the ring returns.
+    pub(crate) fn is_consumed(&self, within: Duration) -> bool {
+        let eventfds = self.region.eventfds(self.id).iter();
+        let rung = eventfds.filter(|eventfd| {
             eventfd.drain();
-            // A ring that fails leaves nothing to read, either.
-            eventfd.ring().is_ok() && eventfd.drain() == 0
-        })
+            // A ring that fails leaves nothing to read, so its success is checked as well.
+            eventfd.ring().is_ok()
+        });
+        let rung: Vec<_> = rung.collect();
+        if !within.is_zero() {
+            std::thread::sleep(within);
+        }
+        // All of them are drained.
+        let left = rung.iter().filter(|eventfd| eventfd.drain() > 0);
+        left.count() < rung.len()
     }
 
     /// Takes the slot for the VM that it had under the broker's predecessor. Returns `None` if it
@@ -352,7 +365,7 @@ impl Slot {
         }
         let vmm = occupancy.vmm.as_ref()?;
         let may_live = occupancy.vm.is_some() || vmm.lives() != Some(false);
-        // The ID of a process that the kernel cannot name may be another one's by now.
+        // If the kernel cannot name the process, another process may have its ID by now.
         let is_named = occupancy.vm.is_some() || vmm.lives().is_some();
         may_live.then(|| Hold::Vmm(if is_named { vmm.pid() } else { 0 }))
     }
@@ -376,7 +389,8 @@ impl Slot {
 
     /// Adds a request for bytes of the guest's memory, which the VM's thread will answer.
     pub fn request(&self, request: ReadRequest) -> Result<(), ReadError> {
-        // Held until the request is added: a VM that leaves rejects the queue after it has left.
+        // The lock is held until the request is added. A VM that leaves takes the lock, and rejects
+        // the queue after that, so no request is left in it.
         let occupancy = self.occupancy.lock();
         if occupancy.vm.is_none() {
             return Err(ReadError::NoVm);
@@ -399,7 +413,8 @@ impl Slot {
         let mut occupancy = self.occupancy.lock();
         let Occupancy { words, vm, .. } = &mut *occupancy;
         if let Some(vm) = vm {
-            // First, so that no reader sees the new number with the holders of the old guest.
+            // The driver ends before the number changes, so that no reader sees the new number with
+            // the holders of the old guest.
             self.end_driver(words, true);
             vm.connection = words.next_connection();
             words.set_connection(vm.connection);
@@ -519,7 +534,8 @@ impl Slot {
         for (what, _) in self.stored_descriptors() {
             self.remove_descriptor(&what);
         }
-        // The connection last: once the slot is empty, the next VM's has the same name.
+        // The connection is removed last: once the slot is empty, the next VM's connection gets the
+        // same name.
         self.descriptors.remove(&name::vm(self.id));
     }
 

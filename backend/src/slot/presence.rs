@@ -43,7 +43,8 @@ impl SharedRegion {
     pub(super) fn end_driver(&self, slot: u32, keep: impl FnOnce(u64)) {
         let page = self.layout().presence_page(slot);
         let epoch = self.words().word(page + presence::EPOCH);
-        // SYNC: present; as the driver itself does it. `publish_connection` rings the host for it.
+        // SYNC: present; the driver changes its epoch in the same way. `publish_connection` rings
+        // the host after this store.
         let old = epoch.load(Ordering::Acquire);
         if old % 2 == 1 {
             let ended = old.wrapping_add(1);

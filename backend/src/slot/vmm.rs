@@ -41,7 +41,7 @@ impl Vmm {
         let mut polled = [PollFd::new(process, PollFlags::IN)];
         let now = Timespec::default();
         let ready = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, Some(&now)));
-        // A failed look is no proof of an end.
+        // If `poll` fails, the process may still live.
         Some(ready != Ok(1))
     }
 

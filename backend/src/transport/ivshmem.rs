@@ -64,7 +64,7 @@ impl Transport for Ivshmem {
                 Some(region.memory(Access::ReadWrite).as_fd()),
             ),
         ];
-        // The other peers first, then its own: the order of the specification.
+        // The specification has the eventfds of the other peers first, and then the VM's own.
         let others = (0..region.peers()).filter(|&peer| peer != own);
         for peer in others.chain([own]) {
             for eventfd in region.eventfds(peer) {
@@ -87,7 +87,8 @@ impl Transport for Ivshmem {
                         let waited = socket::wait(vm, PollFlags::OUT, deadline);
                         waited.map_err(|error| unready(error.into()))?;
                     }
-                    // QEMU that fails for another reason leaves within the handshake.
+                    // A QEMU that fails at its start for another reason leaves within the
+                    // handshake.
                     _ if is_gone(&source) => return Err(TransportError::Gone),
                     _ => return Err(TransportError::Send { what, source }),
                 }

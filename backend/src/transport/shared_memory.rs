@@ -13,8 +13,8 @@ const TMPFS: u64 = 0x0102_1994;
 /// Returns whether a file can neither shrink nor lack pages. Otherwise access to its mapping could
 /// be SIGBUS, which would end the broker.
 pub fn is_safe(descriptor: impl AsFd) -> bool {
-    // The seals first: on another file system, such as a FUSE, the second call could wait for its
-    // server.
+    // The seals are read first, because on another file system, such as a FUSE, the second call
+    // could wait for the file system's server.
     rustix::fs::fcntl_get_seals(&descriptor).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
         && rustix::fs::fstatfs(&descriptor)
             .is_ok_and(|system| system.f_type.cast_unsigned() == TMPFS)

@@ -65,7 +65,7 @@ fn added_channel_serves_attached_apps() {
     assert!(layout.extends(&before));
     let added = &layout.channels()[2];
     assert_eq!((added.vector, added.policy), (3, Policy::Drop));
-    // It has a part of every tool.
+    // The commands show the new channel as they show the others.
     let list: serde_json::Value =
         serde_json::from_str(&works(&mut broker.app(&["channel", "list", "--json"]))).unwrap();
     assert_eq!(list["channels"][2]["name"], "new");
@@ -173,7 +173,7 @@ fn added_channels_survive_replaced_and_killed_brokers() {
     let mut receiver = broker.attach().receiver("a").unwrap();
     assert_eq!(receiver.recv().unwrap().to_vec(), b"kept");
     exchange(&broker.attach(), &app, "b");
-    // Other arguments are those of another region.
+    // A broker with another reserve cannot take over the region.
     let mut other = broker.command(&["--size=1M", "--reserve=72K,1", "--replace"]);
     fails(&mut other, 1, &["another size or other channels"]);
 
@@ -189,8 +189,8 @@ fn added_channels_survive_replaced_and_killed_brokers() {
     exchange(&service.attach(), &service.attach(), "a");
 }
 
-/// A guest's kernel or a host app can write any word of the region. Everybody else goes on, and the
-/// table that the broker stores again is its own.
+/// A guest's kernel or a host app can write any word of the region. All other programs go on, and a
+/// successor stores the broker's own table again.
 #[test]
 fn forged_table_misleads_no_host_app() {
     let mut broker = Broker::start(&RESERVE);
@@ -198,7 +198,7 @@ fn forged_table_misleads_no_host_app() {
     let region = app.region();
     let layout = app.layout().clone();
     let (offset, size) = (layout.reserve_offset, layout.region_size);
-    // Bytes in the reserve, as of a channel that is corrupt.
+    // The attacker fills the reserve with bytes that make a new channel there corrupt.
     region.copy_in(offset, &[0xff; 4096]).unwrap();
     for word in (table_entry(0)..table_entry(4)).step_by(8) {
         region.store(word, u64::MAX).unwrap();

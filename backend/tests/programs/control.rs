@@ -261,6 +261,36 @@ fn client_repeats_unread_request_once() {
     drop(join("all is answered", broker));
 }
 
+/// A broker that refuses this process, with or without an answer, has not ended.
+#[test]
+fn client_tells_refusing_broker_from_ended_one() {
+    let refused = br#"{"version":1,"answer":{"refused":{"failed":"too busy"}}}"#;
+    // A client tries again after a connection that was closed without an answer.
+    for answers in [vec![Some(&refused[..])], vec![None, None]] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let socket = seqpacket();
+        bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&socket, 4).unwrap();
+        let broker = std::thread::spawn(move || {
+            let done = br#"{"version":1,"answer":"done"}"#;
+            for answer in std::iter::once(Some(&done[..])).chain(answers) {
+                let client = accept(&socket);
+                recv(&client, &mut [0; 4096][..], RecvFlags::empty()).unwrap();
+                if let Some(answer) = answer {
+                    send(&client, answer, SendFlags::NOSIGNAL).unwrap();
+                }
+            }
+            socket
+        });
+        let control = Control::connect(&path).unwrap();
+        assert_eq!(control.ask(Ask::Status).unwrap().0, Answer::Done);
+        let lost = control.ask(Ask::Status).unwrap_err();
+        assert!(matches!(lost, ControlError::Closed { .. }), "{lost}");
+        drop(join("all is answered", broker));
+    }
+}
+
 /// Each case takes as long as the client's timeout, so all cases run at the same time.
 #[test]
 fn client_gives_up_unanswered_request() {
@@ -531,7 +561,7 @@ fn disconnected_app_keeps_its_claims() {
     wait_until("its end is free", || receiver_of().is_none());
 }
 
-/// A broker that lives is not said to have ended.
+/// A command does not report that a broker has ended if it lives.
 #[test]
 fn disconnected_tap_tells_closed_connection() {
     let broker = Broker::start(&[]);

@@ -3,6 +3,7 @@
 //! Tests of errors that say what to do: limits of a region, of a broker and of a process, and the
 //! run folder.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use crate::support::*;
@@ -73,7 +74,8 @@ fn low_limits_are_named_with_their_cures() {
     for (limit, parts) in [
         ("-n 20", ["on open files, 20,", "ulimit -n 518"]),
         ("-f 1000", ["on the size of files,", "ulimit -f unlimited"]),
-        // The program has room until it serves. A debug build is larger than a release build.
+        // This limit lets the program start, also in a debug build, which is larger. The memory of
+        // the region does not fit.
         (
             "-v 200000",
             ["on address space, 204800000,", "smaller --size"],
@@ -94,6 +96,28 @@ fn low_limits_are_named_with_their_cures() {
             .stdin(Stdio::null());
         fails(&mut limited, 1, &parts);
     }
+}
+
+/// The broker has given up most system calls when it starts its threads.
+#[test]
+fn limit_on_threads_is_named_with_cure() {
+    /// A user without other processes.
+    const USER: u32 = 54_321;
+    if !can_become_another_user() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(folder.path(), Some(USER), None).unwrap();
+    let mut command = serve(folder.path(), &[]);
+    command.arg("--control").arg(folder.path().join("c.sock"));
+    // That user may be unable to reach the folder of the program.
+    let program = std::fs::File::open(command.get_program()).unwrap();
+    let mut limited = Command::new("prlimit");
+    limited.args(["--nproc=2", "/proc/self/fd/0"]);
+    limited.args(command.get_args()).env("RUST_LOG", "error");
+    limited.uid(USER).gid(USER).stdin(program);
+    let parts = ["whose limit is 2", "`ulimit -u`", "cannot start a thread"];
+    fails(&mut limited, 1, &parts);
 }
 
 #[test]

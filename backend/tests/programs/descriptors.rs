@@ -173,15 +173,7 @@ fn next_receiver_continues_after_full_target() {
         .arg(&source)
         .start();
     // The limit is in units of 512 bytes: about two records and a half.
-    let limited = "ulimit -f 146; exec \"$@\"";
-    let receiver = recv(&broker);
-    let mut limited_receiver = std::process::Command::new("sh");
-    limited_receiver
-        .args(["-c", limited, "sh"])
-        .arg(receiver.get_program())
-        .args(receiver.get_args())
-        .arg("-o")
-        .arg(&first);
+    let mut limited_receiver = limited(recv(&broker).arg("-o").arg(&first), "-f 146");
     let errors = [
         "receive the rest, which is still in the channel, into another file with --partial",
         "File too large",
@@ -371,6 +363,22 @@ fn closed_standard_descriptors_are_errors() {
             &["cannot use standard output: it is closed"],
         );
     }
+    let tap = broker.app(&["recv", "--tap", "--channel", "loop"]);
+    for (app, redirection, purpose) in [
+        (
+            send(&broker),
+            "0>/dev/null",
+            "input: it is not open for reading",
+        ),
+        (
+            recv(&broker),
+            "1</dev/null",
+            "output: it is not open for writing",
+        ),
+        (tap, "1</", "output: it is not open for writing"),
+    ] {
+        fails(&mut redirected(&app, redirection), 1, &[purpose]);
+    }
     // The stream is still there. A file needs no standard output, and /dev/null can be one.
     let out = broker.path("out");
     works(&mut redirected(recv(&broker).arg("-o").arg(&out), ">&-"));
@@ -455,4 +463,90 @@ fn packets_of_pipe_arrive_whole() {
             assert!(received.stdout == data, "records of {size}, {channel}");
         }
     }
+}
+
+/// Returns a shell that sets a limit, and becomes the command.
+fn limited(command: &Command, limit: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    shell
+}
+
+/// The address space has room for the region, and little more.
+#[test]
+fn scarce_memory_is_an_error() {
+    let args = ["--size", "128M", "--channel", "loop=host-host,64M"];
+    let broker = Broker::start(&args);
+    let kibibytes = 158 << 10;
+    let limit = format!("-v {kibibytes}");
+    works(&mut limited(send(&broker).arg("/dev/null"), &limit));
+    let mut sender = send(&broker);
+    sender.args(["--record-size", "30M", "/dev/null"]);
+    fails(
+        &mut limited(&sender, &limit),
+        1,
+        &["cannot read /dev/null", "Cannot allocate memory"],
+    );
+    let peek = broker.app(&["peek", "--raw", "--length", "40M"]);
+    let printed = works(&mut limited(&peek, &limit));
+    assert_eq!(printed.len(), 40 << 20);
+}
+
+/// The kernel drops descriptors for which a process has no numbers left.
+#[test]
+fn scarce_descriptors_are_named() {
+    let broker = Broker::start(&LOOP);
+    file_with(&broker.path("in"), b"text");
+    let mut codes = Vec::new();
+    for count in 4..20 {
+        let mut sender = send(&broker);
+        sender.arg(broker.path("in")).args(["--timeout", "1m"]);
+        let output = run(&mut limited(&sender, &format!("-n {count}")));
+        let errors = String::from_utf8(output.stderr).unwrap();
+        let code = output.status.code();
+        if code != Some(0) {
+            // A shell or the loader of programs can fail as well.
+            let is_named = errors.contains("its limit (ulimit -n)");
+            let is_named = is_named || errors.to_lowercase().contains("too many open files");
+            assert!(is_named || code == Some(127), "{count}: {errors}");
+        }
+        assert!(!errors.contains("has ended"), "{count}: {errors}");
+        codes.push((code, errors.contains("its limit")));
+    }
+    assert!(codes.contains(&(Some(3), true)), "{codes:?}");
+    assert_eq!(codes.last(), Some(&(Some(0), false)));
+}
+
+/// Long dumps are printed in parts.
+#[test]
+fn long_dump_has_every_byte_once() {
+    let broker = Broker::start(&[]);
+    let data = noise((1 << 20) + 37);
+    file_with(&broker.path("in"), &data);
+    let input = File::open(broker.path("in")).unwrap();
+    works(broker.app(&["poke", "--at", "5"]).stdin(input));
+    let length = data.len().to_string();
+    let peek = |further: &[&str]| {
+        let mut peek = broker.app(&["peek", "--at", "5", "--length", &length]);
+        let output = run(peek.args(further));
+        assert!(output.status.success());
+        output.stdout
+    };
+    assert!(peek(&["--raw"]) == data);
+    let dump = String::from_utf8(peek(&[])).unwrap();
+    let mut lines = dump.lines();
+    for (number, bytes) in data.chunks(16).enumerate() {
+        let line = lines.next().unwrap();
+        let (address, rest) = line.split_once(':').unwrap();
+        assert_eq!(usize::from_str_radix(address, 16), Ok(5 + 16 * number));
+        let mut words = rest.split_whitespace();
+        for byte in bytes {
+            let word = words.next().unwrap();
+            assert_eq!(u8::from_str_radix(word, 16), Ok(*byte), "{line}");
+        }
+    }
+    assert_eq!(lines.next(), None);
 }

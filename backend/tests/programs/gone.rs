@@ -91,7 +91,8 @@ fn killed_vm_frees_ends_for_next_vm() {
     drop(vm);
     let next = handshake(connect(&broker, "vm.sock"), 6);
     hears_that_the_sender_left(receiver);
-    // Both VMs have one process in this test. A driver frees the ends of the one before.
+    // In this test both VMs are connections of one process, which lives. The driver of the second
+    // VM frees the ends that the first VM's driver held.
     let held = ["slot 0's VM held an end", "lives"];
     fails(&mut broker.app(&["reset-channel", "up"]), 4, &held);
     next.store_in_driver_page(layout, presence::holder(0, End::Producer), 0);

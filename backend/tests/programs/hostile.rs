@@ -130,7 +130,7 @@ fn refuses_descriptors(socket: &impl AsFd) -> bool {
 #[test]
 fn unadmitted_client_cannot_send_descriptors() {
     if !kernel_refuses_descriptors() {
-        eprintln!("before Linux 6.16 everybody can: this test is not run");
+        eprintln!("before Linux 6.16 every process can: this test is not run");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -71,7 +71,7 @@ fn ringing_guest_costs_little() {
         rustix::io::write(&host.1, &1u64.to_ne_bytes()).unwrap();
     }
     wait_until("the broker answers", || answer(&attachment, 0) == count);
-    // A busy thread would take a hundred.
+    // A busy thread would use a hundred ticks.
     let used = ticks(broker.child.id()) - before.0;
     assert!(
         count > 10_000 && used < 30,

@@ -373,7 +373,7 @@ fn restart_without_persisted_state_creates_new_region() {
     });
     broker.start_again(&manager, &[]);
     drop(handshake(connect(&broker, "vm.sock"), 6));
-    // The persisted state is now the new region's.
+    // The manager's persisted state is now that of the new region.
     wait_until("it is stored", || {
         manager.stored().contains(&name::STATE.to_owned())
     });
@@ -487,7 +487,7 @@ fn successor_keeps_read_only_attachments() {
         }
     }
     assert!(ask_to_change(&writer)[0].contains("claimed"));
-    // A later attachment counts.
+    // A host app that attaches again has the access of its latest attachment.
     let ask = br#"{"version":1,"ask":{"attach":{"access":"read-write"}}}"#;
     assert!(say(&reader, ask).contains("region"));
     drop(writer);

@@ -34,7 +34,7 @@ fn refuses_sizes_that_no_bar_can_have() {
             "take --size 64M or 128M",
         ],
     );
-    // A rounded size can be a power of two.
+    // Rounded to MiB, this size would read as a power of two, so the error has the bytes.
     fails(
         &mut serve("1048577"),
         2,
@@ -157,8 +157,16 @@ fn refuses_duplicate_channels_and_sockets() {
         2,
         &["socket ./vm.sock is named twice"],
     );
-    let mut command = serve(folder.path(), &["--ivshmem", ".//control.sock"]);
-    fails(command.current_dir(&folder), 2, &["is named twice"]);
+    std::os::unix::fs::symlink(&folder, folder.path().join("link")).unwrap();
+    std::fs::create_dir(folder.path().join("sub")).unwrap();
+    for path in [
+        ".//control.sock",
+        "link/control.sock",
+        "sub/../control.sock",
+    ] {
+        let mut command = serve(folder.path(), &["--ivshmem", path]);
+        fails(command.current_dir(&folder), 2, &["is named twice"]);
+    }
 }
 
 #[test]
@@ -271,7 +279,8 @@ fn refuses_a_path_where_another_program_listens() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vm.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    fails(&mut serve(folder.path(), &[]), 1, &["vm.sock is in use"]);
+    let told = format!("vm.sock is in use by process {}, which", std::process::id());
+    fails(&mut serve(folder.path(), &[]), 1, &[&told]);
     assert!(path.metadata().unwrap().file_type().is_socket());
 }
 
@@ -654,10 +663,18 @@ fn refuses_socket_in_private_folder() {
         .path()
         .join("systemd-private-0f-barlink@vm1.service-x");
     std::fs::create_dir(&private).unwrap();
+    // The path leads there all the same.
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink("/tmp", &link).unwrap();
+    let link = link.join("vm.sock");
     // As a control process of a service, such as the check before a reload, and as a service that
     // sends no notices.
-    for environment in ["MAINPID=1", "SYSTEMD_EXEC_PID=$$"] {
-        let serve = barlink(["serve", "--ivshmem", "/tmp/vm.sock"]);
+    for (environment, path) in [
+        ("MAINPID=1", "/tmp/vm.sock"),
+        ("SYSTEMD_EXEC_PID=$$", "/tmp/vm.sock"),
+        ("SYSTEMD_EXEC_PID=$$", link.to_str().unwrap()),
+    ] {
+        let serve = barlink(["serve", "--ivshmem", path]);
         let mut shell = std::process::Command::new("unshare");
         let script = format!(
             "mount --bind '{}' /tmp && export {environment} && exec \"$@\"",
@@ -672,7 +689,8 @@ fn refuses_socket_in_private_folder() {
         shell
             .arg("/proc/self/fd/0")
             .args(serve.get_args())
-            .arg("--control=/tmp/control.sock");
+            .arg("--control")
+            .arg(folder.path().join("control.sock"));
         let shell = shell.stdin(program);
         fails(
             shell,

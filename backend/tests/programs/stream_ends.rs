@@ -3,6 +3,7 @@
 //! Tests of streams whose sender, receiver or broker ends early, and of what the next one finds.
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 
@@ -389,4 +390,96 @@ fn send_reports_data_lost_with_broker() {
             assert!(errors.contains(part), "{errors}");
         }
     }
+}
+
+/// The receiver empties the file that is sent, because it writes the same one.
+#[test]
+fn send_reports_file_that_shrinks() {
+    let broker = Broker::start(&LOOP);
+    let file = broker.path("file");
+    file_with(&file, &noise(3_000_000));
+    let mut sender = send(&broker);
+    let mut sender = sender.arg(&file).stderr(Stdio::piped()).start();
+    // It has sent as much as the channel holds.
+    wait_until_fast_asleep(sender.id());
+    fails(
+        recv(&broker).arg("-o").arg(&file),
+        5,
+        &["the sender left before the end of the stream"],
+    );
+    assert_eq!(wait(&mut sender).code(), Some(6));
+    let errors = errors_of(&mut sender);
+    let text = format!("{} became shorter while it was sent", file.display());
+    assert!(
+        errors.contains(&text) && errors.lines().count() == 1,
+        "{errors}"
+    );
+}
+
+/// The receiver appends to the file that is sent, which would never end.
+#[test]
+fn send_stops_at_first_size_of_file() {
+    let broker = Broker::start(&LOOP);
+    let file = broker.path("file");
+    let data = noise(3_000_000);
+    for json in [false, true] {
+        file_with(&file, &data);
+        let mut sender = send(&broker);
+        sender.arg(&file).args(json.then_some("--json"));
+        let mut sender = sender.stderr(Stdio::piped()).start();
+        let target = std::fs::File::options().append(true).open(&file).unwrap();
+        let mut receiver = recv(&broker).stdout(target).start();
+        assert_eq!(wait(&mut sender).code(), Some(0));
+        assert_eq!(wait(&mut receiver).code(), Some(0));
+        assert!(std::fs::read(&file).unwrap() == [&data[..], &data].concat());
+        let errors = errors_of(&mut sender);
+        let text = "has become longer since: only the 3000000 bytes that it had at the start";
+        assert_eq!(errors.contains(text), !json, "{errors}");
+        assert_eq!(errors.contains("\"grown\":true"), json, "{errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
+}
+
+#[test]
+fn folder_is_refused_despite_full_channel() {
+    let broker = Broker::start(&LOOP);
+    let mut sender = broker.attach().sender("loop").unwrap();
+    while sender.try_send(Kind::USER, &[0; 1000]).is_ok() {}
+    drop(sender);
+    let cause = ["cannot read /: name a file", "Is a directory"];
+    fails(send(&broker).arg("/"), 1, &cause);
+}
+
+/// The connection is lost, and the broker that is there now does not admit this user.
+#[test]
+fn send_names_broker_that_rejects_it() {
+    if !can_become_another_user() {
+        return;
+    }
+    let admits = |user| [&LOOP[..], &["--allow-user", user]].concat();
+    let broker = Broker::start(&admits("nobody"));
+    let folder = std::fs::Permissions::from_mode(0o711);
+    std::fs::set_permissions(broker.folder.path(), folder).unwrap();
+    let mut sender = send(&broker);
+    let sender = as_nobody(&mut sender).arg("--json");
+    let mut sender = sender.stdin(Stdio::piped()).stderr(Stdio::piped()).start();
+    sender.stdin.as_mut().unwrap().write_all(b"lost").unwrap();
+    let app = broker.attach();
+    let channel = app.layout().channels()[0];
+    wait_until("it is sent", || {
+        state::ChannelState::read(app.region().ring(), &channel).records == 2
+    });
+    let (folder, _) = broker.stop(Signal::KILL);
+    let _next = Broker::start_in(folder, &admits("daemon"));
+    drop(sender.stdin.take());
+    assert_eq!(wait(&mut sender).code(), Some(8));
+    let errors = errors_of(&mut sender);
+    for part in [
+        "a new one fails",
+        "rejected this process",
+        "no program is known",
+    ] {
+        assert!(errors.contains(part), "no `{part}` in {errors}");
+    }
+    assert!(!errors.contains("has ended"), "{errors}");
 }

@@ -185,7 +185,7 @@ fn reader_taps_and_changes_nothing() {
     for args in changes {
         fails(as_nobody(&mut broker.app(args)), 1, &refused);
     }
-    // A guest's memory is its owner's.
+    // Only the broker's own user and root may read a guest's memory.
     let peek = ["peek", "--guest", "0", "--length", "8"];
     fails(
         as_nobody(&mut broker.app(&peek)),
@@ -338,6 +338,114 @@ fn removed_sockets_permit_no_second_broker() {
     kill(&mut first);
     let _second = serve(folder.path()).start();
     attach(folder.path());
+}
+
+/// Puts a file of a kind at a path.
+fn put(what: &str, path: &Path) {
+    match what {
+        "a symbolic link" => symlink("/does/not/exist", path).unwrap(),
+        "a regular file" => file_with(path, b"mine"),
+        "a folder" => std::fs::create_dir(path).unwrap(),
+        _ => drop(UnixListener::bind(path).unwrap()),
+    }
+}
+
+#[test]
+fn replaced_sockets_permit_no_second_broker() {
+    let replace = |what: &'static str, keeps_lock: bool| {
+        let folder = tempfile::tempdir().unwrap();
+        let first = serve(folder.path()).start();
+        let attached = attach(folder.path());
+        let control = folder.path().join("control.sock");
+        std::fs::remove_file(&control).unwrap();
+        if !keeps_lock {
+            std::fs::remove_file(folder.path().join("control.sock.lock")).unwrap();
+        }
+        put(what, &control);
+        let process = format!("process {} listens at socket", first.id());
+        let now = format!("whose file was removed and {what} has its name now");
+        std::thread::scope(|scope| {
+            for option in ["--vectors=0", "--check", "--replace"] {
+                let (mut serve, parts) = (serve(folder.path()), [&*process, &*now]);
+                scope.spawn(move || fails(serve.arg(option), 1, &parts));
+            }
+        });
+        assert!(control.symlink_metadata().is_ok(), "it is removed");
+        attached.status().unwrap();
+    };
+    std::thread::scope(|scope| {
+        for what in [
+            "a symbolic link",
+            "a regular file",
+            "a folder",
+            "a socket of no process",
+        ] {
+            for keeps_lock in [true, false] {
+                scope.spawn(move || replace(what, keeps_lock));
+            }
+        }
+    });
+}
+
+/// The region is served on, and the file is another program's.
+#[test]
+fn successor_serves_beside_foreign_file() {
+    let mut broker = Broker::start(&[]);
+    let socket = broker.path("vm.sock");
+    for (what, is_renewed) in [
+        ("a folder", false),
+        ("a socket of no process", true),
+        ("a symbolic link", false),
+    ] {
+        let _ = std::fs::remove_file(&socket);
+        put(what, &socket);
+        succeed(&mut broker, &[]);
+        let told = format!("because {what} has its name: remove that");
+        assert_eq!(
+            broker.log().contains(&told),
+            !is_renewed,
+            "{}",
+            broker.log()
+        );
+        if is_renewed {
+            drop(handshake(connect(&broker, "vm.sock"), 6));
+        }
+        if what == "a folder" {
+            std::fs::remove_dir(&socket).unwrap();
+        }
+    }
+    // A broker that ends in good order removes its own files only.
+    let (lock, control) = (broker.path("vm.sock.lock"), broker.control());
+    std::fs::remove_file(&lock).unwrap();
+    file_with(&lock, b"mine");
+    succeed(&mut broker, &[]);
+    let (_folder, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(socket.symlink_metadata().is_ok() && !control.exists());
+    assert_eq!(std::fs::read(&lock).unwrap(), b"mine");
+}
+
+/// A take-over makes the missing socket of its predecessor again, and then fails.
+#[test]
+fn failed_successor_leaves_lock_of_predecessor() {
+    let folder = tempfile::tempdir().unwrap();
+    let second = folder.path().join("second.sock");
+    let broker = Broker::start_in(folder, &["--ivshmem", second.to_str().unwrap()]);
+    let (socket, lock) = (broker.path("vm.sock"), broker.path("vm.sock.lock"));
+    let elsewhere = broker.path("elsewhere.sock");
+    for is_locked in [true, false] {
+        let _ = std::fs::remove_file(&socket);
+        if !is_locked {
+            std::fs::remove_file(&lock).unwrap();
+        }
+        let args = ["--replace", "--ivshmem", elsewhere.to_str().unwrap()];
+        let mut command = broker.command(&args);
+        command.env("RUST_LOG", "error").stderr(Stdio::piped());
+        fails(&mut command, 1, &["the running broker's socket is"]);
+        assert!(!socket.exists(), "its socket stays");
+        assert_eq!(lock.exists(), is_locked);
+        broker.attach().status().unwrap();
+    }
 }
 
 /// The broker of another user or mount namespace is known by its lock only.

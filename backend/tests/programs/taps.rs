@@ -52,7 +52,7 @@ fn tail_shows_records_and_consumes_none() {
     sender.send(Kind::DATA, &[0, 0xff, 7]).unwrap();
     assert!(line().ends_with(" data 2 3 00ff07"));
     drop(sender);
-    // The records are still there.
+    // The tap has consumed no record.
     let mut receiver = app.receiver("loop").unwrap();
     for number in 0..3 {
         assert_eq!(receiver.recv().unwrap().sequence(), number);
@@ -64,7 +64,7 @@ fn tail_shows_records_and_consumes_none() {
     sender.send(Kind::END, &[]).unwrap();
     assert!(line().ends_with(" end 0 0"));
     assert!(wait(&mut tail).success());
-    // It begins behind the newest record.
+    // By default `tail` begins behind the newest record.
     fails(
         &mut broker.app(&["tail", "loop", "--timeout", "10ms"]),
         7,
@@ -195,7 +195,11 @@ fn recv_latest_writes_newest_record() {
     let file = broker.path("kept");
     file_with(&file, b"kept");
     sender.send(Kind::END, &[]).unwrap();
-    fails(latest().arg("-o").arg(&file), 7, &["nothing moved"]);
+    let output = run(latest().arg("-o").arg(&file));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(7), "{errors}");
+    let (notice, error) = errors.split_once('\n').unwrap();
+    assert!(notice.contains("the newest record is a mark") && error.contains("nothing moved"));
     assert_eq!(std::fs::read(file).unwrap(), b"kept");
 }
 
@@ -285,7 +289,7 @@ fn tap_reports_sender_that_left() {
         (&summary["bytes"], &summary["complete"]),
         (&4.into(), &false.into())
     );
-    // Records of any kind need no end.
+    // With `--raw` a stream need not be whole.
     assert_eq!(tap_of_killed_sender(&["--raw"]), (Some(0), String::new()));
 }
 
@@ -491,7 +495,7 @@ fn slow_source_keeps_old_records_readable() {
     }
     drop(slow.stdin.take());
     assert!(wait(&mut slow).success());
-    // The end of a file needs no room for a record.
+    // The sender of a file that has ended reserves no room for a further record.
     file_with(&broker.path("in"), &noise(100_000));
     works(
         broker
@@ -543,7 +547,8 @@ fn taps_read_overwriting_channel() {
         wait_for_tap(&child);
         child
     });
-    // It is a quarter of the capacity, and the channel is overwritten several times.
+    // The data takes a quarter of the channel's capacity. Sent many times below, it overwrites the
+    // channel again and again.
     let data = noise(16_000);
     file_with(&broker.path("in"), &data);
     let mut send = broker.app(&["send", "--channel", "camera"]);
@@ -561,7 +566,7 @@ fn taps_read_overwriting_channel() {
     for _ in 0..100 {
         sender.send(Kind::USER, &data).unwrap();
     }
-    // A reset asks for the producer alone.
+    // A reset of a channel without a consumer requires that the producer's end is free.
     fails(
         &mut broker.app(&["reset-channel", "camera"]),
         4,

@@ -257,7 +257,8 @@ fn partial_message_delays_replacement_only_briefly() {
     Client::handshake(&broker);
 }
 
-/// Longer than any wait of a test: a test that waits for this time fails.
+/// Time for which a slow descriptor blocks. It is longer than any timeout of a test, so a test that
+/// waits for it fails.
 const HELD: Duration = Duration::from_secs(600);
 
 /// Creates a descriptor whose last close blocks for [`HELD`], as long as its peer, the second

@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
@@ -34,7 +35,8 @@ struct Vmm {
 }
 
 impl Vmm {
-    /// Starts a process that connects to the broker's slot, and waits until it is admitted.
+    /// Starts a process that connects to the broker's slot, and waits until it has been sent the
+    /// region. One that leaves before that holds nothing.
     fn start(broker: &Broker) -> Self {
         let vmm = Self::connect(broker, false);
         let attachment = broker.attach();
@@ -43,6 +45,7 @@ impl Vmm {
             let pid = vmm.pid.unsigned_abs();
             vm.as_ref().is_some_and(|vm| vm.pid == pid)
         });
+        broker.wait_until_idle();
         vmm
     }
 
@@ -368,6 +371,37 @@ fn killed_vm_hides_no_consumed_rings() {
         let vm = handshake(connect(&broker, "vm.sock"), 6);
         drop(vm.socket);
         is_refused_while_consumed(&broker, &vm.eventfds)
+    });
+}
+
+/// The kernel of a killed VM consumes the rings until its last file is closed, which can be later
+/// than the end of the connection.
+#[test]
+fn vm_waits_for_end_of_consumed_rings() {
+    const READ: Duration = Duration::from_millis(200);
+    wait_until("a VM has waited", || {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("other.sock");
+        let broker = Broker::start_in(folder, &["--ivshmem", path.to_str().unwrap()]);
+        let other = handshake(connect(&broker, "other.sock"), 9);
+        drop(Vmm::start(&broker));
+        broker.wait_until_idle();
+        let start = Instant::now();
+        let waited = std::thread::scope(|scope| {
+            for (_, eventfd) in other.eventfds.iter().filter(|(peer, _)| *peer == 0) {
+                scope.spawn(move || {
+                    while start.elapsed() < READ {
+                        rings(eventfd);
+                    }
+                });
+            }
+            let next = connect(&broker, "vm.sock");
+            let (number, _) = message(&next).unwrap();
+            assert_eq!(number, 0, "it is refused: {}", broker.log());
+            start.elapsed()
+        });
+        // Otherwise the readers were too slow for the first look.
+        waited > READ
     });
 }
 

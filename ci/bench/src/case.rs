@@ -10,6 +10,9 @@ use serde::Serialize;
 use super::scene::{Side, TIMEOUT};
 use barlink_vm::broker::Transport;
 
+/// Bytes of payload in records that are committed and released one by one.
+const SINGLE: u64 = 64;
+
 /// The direction of a stream.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -60,6 +63,8 @@ pub enum Way {
     Copy,
     /// Through a channel between two threads.
     Ring,
+    /// The same, with a commit and a release for each record of [`SINGLE`] bytes.
+    OneByOne,
     /// Through plain ivshmem, mapped through sysfs, with polling.
     Raw,
     /// Through QEMU's virtio-serial.
@@ -77,7 +82,8 @@ pub enum Way {
 impl Way {
     /// Returns whether the way belongs to another project.
     pub fn is_peer(self) -> bool {
-        !matches!(self, Way::Channel(_) | Way::Within | Way::Copy | Way::Ring)
+        use Way::{Channel, Copy, OneByOne, Ring, Within};
+        !matches!(self, Channel(_) | Within | Copy | Ring | OneByOne)
     }
 
     /// Returns the time limit of a sender. It is shorter for other projects' ways, so that one that
@@ -89,7 +95,7 @@ impl Way {
     /// Returns the way in which both ends of a stream wait for each other.
     pub fn wait(self) -> &'static str {
         match self {
-            Way::Channel(_) | Way::Within | Way::Ring => "spin, back off, sleep",
+            Way::Channel(_) | Way::Within | Way::Ring | Way::OneByOne => "spin, back off, sleep",
             Way::Raw | Way::Iceoryx2 | Way::Virtiofs => "poll",
             Way::Copy => "none",
             _ => "sleep in the kernel",
@@ -109,6 +115,7 @@ impl Way {
             Way::Iceoryx2 => "iceoryx2",
             Way::Copy => "memcpy",
             Way::Ring => "two threads",
+            Way::OneByOne => "two threads, one by one",
             Way::Raw => "raw ivshmem, polled",
             Way::VirtioSerial => "virtio-serial",
             Way::Tcp => "TCP",
@@ -157,6 +164,9 @@ impl Case {
                 record_size,
             })
         };
-        ways.into_iter().flat_map(cases).collect()
+        let mut all: Vec<_> = ways.into_iter().flat_map(cases).collect();
+        let singles = cases((Way::OneByOne, Host));
+        all.extend(singles.filter(|case| case.record_size == SINGLE));
+        all
     }
 }

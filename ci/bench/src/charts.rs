@@ -247,7 +247,8 @@ fn draw_streams<'a>(
             area.draw(&mark(number, place, colour))?;
         }
         for (size, reason) in &line.failed {
-            // Above the axis, each in a line of its own, and once more with its reason below.
+            // Each failure has a line above the axis, and another one with its reason below the
+            // chart.
             let (x, y) = chart.plotting_area().map_coordinate(&(*size, lowest));
             let style = TextStyle::from((FONT, 11)).color(&colour);
             let place = (x - 14, y - 14 - 12 * failures);

@@ -24,7 +24,7 @@ const SETTLE: Duration = Duration::from_millis(500);
 /// The processor time that processes used while a pair of ends slept.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// The transport between the two ends; none for two ends on the host.
+    /// The transport between the two ends; `None` for two ends on the host.
     pub(super) transport: Option<Transport>,
     /// Length of the measurement, in seconds.
     seconds: f64,
@@ -44,7 +44,7 @@ pub fn name(transport: Option<Transport>) -> String {
     format!("{name}, asleep")
 }
 
-/// Returns the transports whose ends are measured, and none for the pair on the host.
+/// Returns the transports whose ends are measured, and `None` for the pair of ends on the host.
 pub fn all() -> impl Iterator<Item = Option<Transport>> {
     Transport::ALL.map(Some).into_iter().chain([None])
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The newest value of a sender that never pauses, between two processes on the host: by a tap of a
-//! channel that overwrites its records, and by a blackboard of iceoryx2.
+//! The newest value of a sender on the host that never pauses: by a tap of a channel that
+//! overwrites its records, on the host or in the guest, and by a blackboard of iceoryx2.
 
 use std::fmt;
 use std::time::Duration;
@@ -14,16 +14,21 @@ use serde::Serialize;
 use super::case::Way;
 use super::host::{READERS, service, start};
 use super::peer::first_line;
-use super::scene::Scene;
+use super::scene::{Scene, Side};
 use super::spread::Spread;
+use barlink_vm::broker::Transport;
 
 /// Bytes of a value.
 const SIZES: [u64; 2] = [64, 64 << 10];
 
+/// The way of a reader in the guest. The memory is the same over each transport, and emulated code
+/// reads it: the reader is several times as slow as the sender.
+const GUEST: Way = Way::Channel(Transport::Ivshmem);
+
 /// A sender that never pauses, and a reader that looks at its newest value again and again.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct Look {
-    /// The way that the bytes take: [`Way::Within`] or [`Way::Iceoryx2`].
+    /// The way that the bytes take: [`Way::Within`], [`Way::Iceoryx2`], or [`GUEST`].
     pub way: Way,
     /// Bytes of payload in a value.
     pub record_size: u64,
@@ -40,13 +45,15 @@ impl Look {
     /// Returns all cases for values of these sizes.
     pub fn all(sizes: &[u64]) -> Vec<Self> {
         let sizes = SIZES.into_iter().filter(|size| sizes.contains(size));
-        let both = |record_size| [Way::Within, Way::Iceoryx2].map(|way| Look { way, record_size });
-        sizes.flat_map(both).collect()
+        let ways = [Way::Within, Way::Iceoryx2, GUEST];
+        let looks = |record_size| ways.map(|way| Look { way, record_size });
+        sizes.flat_map(looks).collect()
     }
 
     fn how(&self) -> &'static str {
         match self.way {
             Way::Iceoryx2 => "iceoryx2 blackboard",
+            GUEST => "barlink, read in the guest",
             way => way.name(),
         }
     }
@@ -150,7 +157,16 @@ fn look(scene: &Scene, case: &Look, time: Duration) -> Result<(Measured, Newest)
     };
     let mut sender = begin(&sender)?;
     sender.process()?;
-    let newest = begin(&reader)?.wait().context("the reader failed")?;
+    let reader = match case.way {
+        GUEST => {
+            let slot = Transport::Ivshmem.index();
+            let device = format!("--device=/dev/barlink{slot}");
+            let arguments = ["newest", READERS, &device, &size, &time];
+            scene.start(Side::Guest, &arguments.map(str::to_owned))?
+        }
+        _ => begin(&reader)?,
+    };
+    let newest = reader.wait().context("the reader failed")?;
     sender.end_input();
     let sent = sender.wait().context("the sender failed")?;
     Ok((sent, newest))

@@ -22,7 +22,7 @@ pub struct Plan {
     pub newest: Vec<Look>,
     /// Round trips.
     pub trips: Vec<Trip>,
-    /// Pairs of ends that sleep; none for the pair on the host.
+    /// The pairs of ends that sleep, each by its transport; `None` for the pair on the host.
     pub sleepers: Vec<Option<Transport>>,
 }
 

@@ -227,7 +227,7 @@ impl fmt::Display for Report {
                 f,
                 "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
-                 smaller records are committed and released in batches of {}. Within the host records of barlink and \
+                 smaller records are committed and released in batches of {}, unless the row says one by one. Within the host records of barlink and \
                  iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then back off, \
                  then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a \
                  stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
@@ -269,8 +269,8 @@ impl fmt::Display for Report {
         if !self.newest.is_empty() {
             writeln!(
                 f,
-                "\n## The newest value\n\nConditions: {conditions}. Between two processes on the host. The sender never pauses. The reader copies \
-                 the newest value again and again, and adds up all words. A sender of barlink builds values in place; one of iceoryx2 builds \
+                "\n## The newest value\n\nConditions: {conditions}. The sender is on the host, and never pauses. The reader is on the host, too, unless \
+                 the row says otherwise. It copies the newest value again and again, and adds up all words. A sender of barlink builds values in place; one of iceoryx2 builds \
                  and copies them. A tap tries a bounded number of times to copy a value before it is written over, and counts a read that \
                  fails; a reader of a blackboard tries without end. Whole reads are part of all reads, of all rounds together. A torn read is \
                  a mixture of values.\n"

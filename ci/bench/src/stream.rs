@@ -90,7 +90,7 @@ impl Row {
             .zip(&self.cpu_seconds_per_gib_of_sender_and_receiver);
         let here = ends.filter(|(end, _)| **end == side);
         let cpu = here.map(|(_, spread)| spread.median());
-        if matches!(self.case.way, Way::Copy | Way::Ring) {
+        if matches!(self.case.way, Way::Copy | Way::Ring | Way::OneByOne) {
             // Both ends are one process.
             return cpu.reduce(|_, last| last);
         }
@@ -194,13 +194,14 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
             })
         }
         Way::Within | Way::Iceoryx2 => host::stream(scene, case.way, case.record_size, duration),
-        Way::Copy | Way::Ring => {
-            let what = if case.way == Way::Copy {
-                "copy"
-            } else {
-                "ring"
-            };
-            let load = scene.start(sides[0], &words(&[what, &size, &time]))?;
+        Way::Copy | Way::Ring | Way::OneByOne => {
+            let mut order = words(&["ring", &size, &time]);
+            match case.way {
+                Way::Copy => order[0] = "copy".to_owned(),
+                Way::OneByOne => order.push("--one-by-one".to_owned()),
+                _ => (),
+            }
+            let load = scene.start(sides[0], &order)?;
             let measured: Measured = load.wait()?;
             Ok(Streamed {
                 sent: measured,

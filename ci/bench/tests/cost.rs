@@ -150,13 +150,25 @@ fn record_needs_no_calls_and_few_instructions() -> Result<()> {
     Ok(())
 }
 
-/// Checks that a tap that does not run costs the two ends nothing: they execute the very
-/// instructions that they execute without one. The times of the records are given, because the
-/// conversion of a clock takes as many instructions as its digits need.
+/// Checks that a tap that does not run costs the ends nothing: a producer alone, both ends, and the
+/// producer of a channel that overwrites execute the very instructions that they execute without
+/// one. The times of the records are given, because the conversion of a clock takes as many
+/// instructions as its digits need.
 #[test]
 fn stopped_tap_adds_no_instruction() -> Result<()> {
     const RECORDS: u64 = 6;
-    for way in [&["--stamped"][..], &["--batch"]] {
+    const PRODUCER: [&str; 2] = ["--stamped", "--produce"];
+    const OVERWRITING: [&str; 2] = ["--stamped", "--overwrite"];
+    for (name, producer) in [
+        ("with a consumer", PRODUCER),
+        ("that overwrites", OVERWRITING),
+    ] {
+        let alone = cost(&producer)?;
+        let beside = cost(&[&producer[..], &["--tap=stopped"]].concat())?;
+        println!("{alone} instructions a record for a producer {name}, {beside} beside a tap");
+        assert_eq!(beside, alone, "{name}");
+    }
+    for way in [&["--stamped"][..], &["--batch"], &PRODUCER, &OVERWRITING] {
         let alone = count(RECORDS, way)?;
         for tap in ["--tap=attached", "--tap=stopped"] {
             let beside = count(RECORDS, &[way, &[tap]].concat())?;

@@ -104,6 +104,13 @@ pub(crate) fn splice(file: BorrowedFd<'_>, pipe: BorrowedFd<'_>) -> Result<()> {
     succeeded(unsafe { libc::splice(file, start, pipe, start, PAGE_SIZE as usize, 0) } > 0)
 }
 
+/// Sends bytes of a file over a socket (`sendfile`).
+pub(crate) fn send_file(file: BorrowedFd<'_>, socket: BorrowedFd<'_>) -> Result<()> {
+    let (file, socket, start) = (file.as_raw_fd(), socket.as_raw_fd(), ptr::null_mut());
+    // SAFETY: The kernel uses the position of the file.
+    succeeded(unsafe { libc::sendfile(socket, file, start, PAGE_SIZE as usize) } > 0)
+}
+
 /// Mounts a FUSE file system whose root is a file, over a file. `server` is an open `/dev/fuse`.
 pub(crate) fn mount_fuse_file(server: BorrowedFd<'_>, place: &CStr) -> Result<()> {
     let options = format!(
@@ -119,7 +126,7 @@ pub(crate) fn mount_fuse_file(server: BorrowedFd<'_>, place: &CStr) -> Result<()
     )
 }
 
-/// Unmounts what is mounted over a file.
+/// Unmounts the file system that is mounted over a file.
 pub(crate) fn unmount(place: &CStr) -> Result<()> {
     // SAFETY: The string ends with a zero byte, and the kernel only reads it.
     succeeded(unsafe { libc::umount2(place.as_ptr(), libc::MNT_DETACH) } == 0)
@@ -282,8 +289,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Calls everything that can be called on memory: `madvise`, `msync`, `mlock`, `mincore`. The
-    /// results do not matter.
+    /// Makes all system calls that take a range of memory: `madvise`, `msync`, `mlock`, `mincore`.
+    /// The results do not matter.
     pub(crate) fn treat_as_memory(&self) {
         let (start, length) = (self.start, self.length);
         for advice in [
@@ -375,18 +382,46 @@ impl Mapping {
         })
     }
 
-    /// Reads one page of the mapping as another process does (`process_vm_readv`).
-    pub(crate) fn read_by_another(&self) -> Result<()> {
+    /// Reads one page of the mapping that another process inherited (`process_vm_readv`).
+    pub(crate) fn read_of(&self, process: Pid) -> Result<()> {
         let mut bytes = vec![0_u8; PAGE_SIZE as usize];
-        let own = libc::iovec {
-            iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: bytes.len(),
-        };
-        let other = self.page();
+        let (own, other) = (buffer_of(&mut bytes), self.page());
+        let process = process.as_raw_pid();
         // SAFETY: The kernel fills `bytes`.
         succeeded(unsafe {
-            libc::process_vm_readv(libc::getpid(), &raw const own, 1, &raw const other, 1, 0) > 0
+            libc::process_vm_readv(process, &raw const own, 1, &raw const other, 1, 0) > 0
         })
+    }
+
+    /// Writes one page of the mapping that another process inherited (`process_vm_writev`).
+    pub(crate) fn write_of(&self, process: Pid) -> Result<()> {
+        let mut bytes = vec![0_u8; PAGE_SIZE as usize];
+        let (own, other) = (buffer_of(&mut bytes), self.page());
+        let process = process.as_raw_pid();
+        // SAFETY: The kernel reads `bytes`, and writes to a page to which no reference is made.
+        succeeded(unsafe {
+            libc::process_vm_writev(process, &raw const own, 1, &raw const other, 1, 0) > 0
+        })
+    }
+
+    /// Reads and writes the first word of the mapping that a child of this process inherited
+    /// (`ptrace`). The child stays stopped.
+    pub(crate) fn trace(&self, child: Pid) -> Result<()> {
+        let (pid, nothing) = (child.as_raw_pid(), ptr::null_mut::<c_void>());
+        // SAFETY: The kernel stops the child, and uses no memory of this process.
+        succeeded(unsafe { libc::ptrace(libc::PTRACE_ATTACH, pid, nothing, nothing) } == 0)?;
+        let mut status = 0;
+        // SAFETY: The kernel writes the status.
+        succeeded(unsafe { libc::waitpid(pid, &raw mut status, 0) } == pid)?;
+        // SAFETY: The C library returns the word, which can be -1, and sets `errno` on an error.
+        let word = unsafe {
+            *libc::__errno_location() = 0;
+            libc::ptrace(libc::PTRACE_PEEKDATA, pid, self.start, nothing)
+        };
+        // SAFETY: The C library has its `errno` there.
+        succeeded(unsafe { *libc::__errno_location() } == 0)?;
+        // SAFETY: The kernel writes to a word to which no reference is ever made.
+        succeeded(unsafe { libc::ptrace(libc::PTRACE_POKEDATA, pid, self.start, word) } == 0)
     }
 
     /// Waits at the first word of the mapping for a value that it does not have (`FUTEX_WAIT`).
@@ -430,6 +465,13 @@ impl Mapping {
             iov_base: self.start,
             iov_len: length,
         }
+    }
+}
+
+fn buffer_of(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
     }
 }
 

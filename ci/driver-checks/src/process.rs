@@ -107,6 +107,11 @@ impl Parent {
 }
 
 impl Child {
+    /// Returns the process ID, for system calls.
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// Returns the process ID.
     pub(crate) fn id(&self) -> u32 {
         self.pid.as_raw_pid().unsigned_abs()

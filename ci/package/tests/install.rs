@@ -134,9 +134,9 @@ fn upgrades_keep_the_driver(debian: &Debian) -> Result<()> {
     printed(debian.run(&script)?).map(drop)
 }
 
-/// Leaves the remains of two failed runs for another kernel: one fails while it installs its files,
-/// because a file cannot be copied, and the other was killed. The removal of the packages calls
-/// `--remove`, after which nothing of them may be left.
+/// Leaves the remains of two failed runs for another kernel. The first run fails while it installs
+/// its files, because a file cannot be copied. The second run was killed. The removal of the
+/// packages calls the script with `--remove`, which removes all remains.
 fn header_tool_marks_unfinished_headers(debian: &Debian) -> Result<()> {
     let release = debian.release();
     let series: Vec<_> = release.split('.').take(2).collect();

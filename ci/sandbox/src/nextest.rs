@@ -149,8 +149,9 @@ impl Nextest {
         Ok(report)
     }
 
-    /// Builds the tests of a package in a copy of the tree, and runs those that a filterset
-    /// selects. The output of failed tests is not shown.
+    /// Builds these test binaries of a package in a copy of the tree, and runs those tests that a
+    /// filterset selects. The output of failed tests is not shown. With a `cfg` of the compiler,
+    /// the build has a target folder of its own.
     ///
     /// # Errors
     ///
@@ -159,14 +160,22 @@ impl Nextest {
         &self,
         copy: &TreeCopy,
         package: &str,
+        binaries: &[&str],
+        cfg: Option<&str>,
         filter: &str,
         profile: &str,
     ) -> Result<Report> {
         let mut command = self.nextest("run");
         command.current_dir(&copy.root);
         command.args(["--profile", profile, "--package", package]);
+        command.args(binaries.iter().map(|binary| format!("--test={binary}")));
         command.args(["--failure-output=never", "--filterset", filter]);
-        command.arg("--target-dir").arg(&copy.target);
+        let mut target = copy.target.clone();
+        if let Some(cfg) = cfg {
+            command.env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg={cfg}"));
+            target.push(cfg);
+        }
+        command.arg("--target-dir").arg(target);
         run_and_read(&mut command, &copy.root, profile)
     }
 }

@@ -51,15 +51,21 @@ enum Changed {
     Driver,
     /// The protocol, whose own tests run in the copy.
     Protocol,
+    /// The protocol, whose models run in the copy.
+    Models,
 }
+
+/// The package whose tests run in the copy.
+const PROTOCOL: &str = "barlink-protocol";
 
 /// IDs of test binaries.
 const DRIVER: &str = "barlink-vm-tests::driver";
 const TRANSPORTS: &str = "barlink-vm-tests::transports";
 const CHANNELS: &str = "barlink-protocol::channels";
+const LOOM: &str = "barlink-protocol::loom";
 
 /// All mutations.
-pub const ALL: [Mutation; 7] = [
+pub const ALL: [Mutation; 14] = [
     Mutation {
         name: "host-does-not-ring",
         about: "a host app does not ring the guest",
@@ -76,7 +82,7 @@ pub const ALL: [Mutation; 7] = [
     },
     Mutation {
         name: "guest-does-not-ring",
-        about: "a guest app does not ring the host",
+        about: "a guest program does not ring the host",
         seconds: 150,
         file: "client/src/guest/events.rs",
         from: "calls::ring(&self.file, self.other).map_err(",
@@ -156,6 +162,123 @@ pub const ALL: [Mutation; 7] = [
         ],
         untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
     },
+    Mutation {
+        name: "limit-without-fence",
+        about: "a producer's limit has no fence behind it",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "        self.region.fence_limit();\n",
+        // Without a mention the method would be dead code.
+        to: "        let _ = Region::<M>::fence_limit;\n",
+        part: Changed::Models,
+        found_by: &[
+            (LOOM, "ring::limit_precedes_overwriting_bytes"),
+            (LOOM, "ring::limit_ahead_of_records_precedes_their_bytes"),
+            (
+                LOOM,
+                "ring::reset_beside_overwriting_producer_repeats_no_record",
+            ),
+            (LOOM, "ring::stale_producer_spoils_no_new_record"),
+        ],
+        untouched: (LOOM, "ring::successor_of_consumer_misses_no_record"),
+    },
+    Mutation {
+        name: "note-behind-cursor",
+        about: "a commit stores the cursor before the cursor of its note",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "region.store(note, self.staged);",
+        to: "region.release(*base + channel::WRITTEN, self.staged);\n\
+             region.store(note, self.staged);",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "crash::killed_end_leaves_whole_call_or_nothing"),
+            (
+                CHANNELS,
+                "overwrite::newest_record_outlives_killed_producer",
+            ),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "note-in-same-place",
+        about: "each commit writes over the note of the commit before",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "        self.older_note = 1 - self.older_note;\n",
+        to: "",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "crash::killed_end_leaves_whole_call_or_nothing"),
+            (
+                CHANNELS,
+                "overwrite::newest_record_outlives_killed_producer",
+            ),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "reset-goes-back",
+        about: "a reset begins at a cursor that former ends may have passed",
+        seconds: 100,
+        file: "protocol/src/state.rs",
+        from: ".base_above(base, &[written, limit, read]);",
+        to: ".base_above(base, &[written, limit, read].map(|_| 0));",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "reset::reset_begins_above_all_cursors"),
+            (CHANNELS, "crash::killed_reset_blocks_ends_until_repeated"),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "newest-is-overwritten",
+        about: "staged records of an `overwrite` channel take more than a quarter of it",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "if end - self.written > quarter {",
+        to: "if end - self.written > 4 * quarter {",
+        part: Changed::Protocol,
+        found_by: &[
+            (
+                CHANNELS,
+                "overwrite::newest_record_outlives_killed_producer",
+            ),
+            (
+                CHANNELS,
+                "overwrite::staged_records_publish_themselves_at_quarter",
+            ),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "tap-ignores-limit",
+        about: "a tap returns copies that were written over meanwhile",
+        seconds: 100,
+        file: "protocol/src/tap.rs",
+        from: "cursor < limit && limit <= end && self",
+        to: "cursor < limit && limit <= end.max(limit) && self",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "tap::stopped_tap_copies_no_torn_record"),
+            (CHANNELS, "counts::counts_add_up_in_overwriting_channel"),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "first-number-is-lost",
+        about: "a producer that takes up a channel forgets its first sequence number",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "let first = region.load(base + channel::FIRST);",
+        to: "let first = region.load(base + channel::FIRST).min(0);",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "numbers::first_number_is_fixed_by_first_record"),
+            (CHANNELS, "crash::ends_die_at_store_of_every_word"),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
 ];
 
 /// Runs the tests of a mutation. Returns the number of tests that found it, as text.
@@ -185,7 +308,12 @@ fn test(
         Changed::Host => Part::Host(copy.host_program("barlink-broker")?),
         Changed::Guest => Part::Guest(copy.guest_program("barlink-guest")?),
         Changed::Driver => Part::Driver(copy.driver(&artifacts.tools)?),
-        Changed::Protocol => return nextest.run_in(copy, "barlink-protocol", &filter, PROFILE),
+        Changed::Protocol => {
+            return nextest.run_in(copy, PROTOCOL, &["channels"], None, &filter, PROFILE);
+        }
+        Changed::Models => {
+            return nextest.run_in(copy, PROTOCOL, &["loom"], Some("loom"), &filter, PROFILE);
+        }
     };
     let artifacts = artifacts.with(part, &copied.folder().join("vm"))?;
     let mut command = nextest.command(PROFILE);

@@ -32,7 +32,7 @@ struct Guest {
     region: u64,
 }
 
-/// How the guest rings and is interrupted.
+/// The way in which the guest rings and is interrupted.
 enum Way {
     Registers(Device),
     Queues(Queues),
@@ -45,7 +45,7 @@ impl Guest {
         let (way, region) = match stage.setting.transport {
             Transport::VhostUser => {
                 let mut queues = Queues::start(stage, &mut machine)?;
-                // One for each interrupt, by whichever vector.
+                // Each interrupt takes a buffer, whatever its vector is.
                 for _ in 0..20 {
                     queues.give_buffer(&mut machine)?;
                 }
@@ -111,7 +111,7 @@ pub fn sent_record_wakes_sleeping_guest(setting: Setting) -> Result<()> {
     // The sender rings once, because it is new.
     let taken = guest.machine.sleep_until(vector, before + 1, LIMIT)?;
     ensure!(taken > before, "the sender does not ring");
-    // The guest passes over what is there, and arms its wake-up.
+    // The guest passes over the records that are there, and arms its wake-up.
     let [read, threshold] = [channel::READ, channel::CONSUMER_THRESHOLD].map(|at| guest.word(at));
     let written = guest.word(channel::WRITTEN);
     let mut seen = guest.machine.read_long(written)?;

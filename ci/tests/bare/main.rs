@@ -10,6 +10,9 @@
 #[path = "../vhost_user/driver.rs"]
 #[expect(dead_code, reason = "the qtest tests use more of it")]
 mod driver;
+#[path = "../executors.rs"]
+#[expect(dead_code, reason = "the scenes have a harness of their own")]
+mod executors;
 mod library;
 mod queues;
 mod registers;
@@ -19,12 +22,11 @@ mod unplug;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::broker::Transport;
-use barlink_vm::check_bare_kvm;
 use libtest_mimic::{Arguments, Trial};
 
+use self::executors::leaves_kvm_out;
 use self::stage::Setting;
 
 /// A scene: its name, the transports over which it is played, and the function.
@@ -68,6 +70,11 @@ const SCENES: &[Scene] = &[
     scene!(VHOST_USER, queues::killed_qemu_leaves_queues_usable),
     scene!(VHOST_USER, queues::vm_rings_vm_over_ivshmem),
     scene!(VHOST_USER, queues::queues_work_after_unplugging),
+    scene!(VHOST_USER, queues::masked_vector_keeps_its_interrupt),
+    scene!(VHOST_USER, queues::moved_vector_interrupts_at_new_place),
+    scene!(VHOST_USER, queues::queues_carry_256_vectors_of_16_slots),
+    scene!(VHOST_USER, queues::removal_from_hung_guest_ends_qemu),
+    scene!(VHOST_USER, queues::broker_leaves_region_and_takes_rings),
     scene!(&Transport::ALL, library::sent_record_wakes_sleeping_guest),
     scene!(
         &Transport::ALL,
@@ -77,24 +84,19 @@ const SCENES: &[Scene] = &[
     scene!(IVSHMEM, unplug::device_of_hung_guest_keeps_its_slot),
 ];
 
+/// Scenes that are played under TCG alone.
+const TCG_SCENES: &[Scene] = &[scene!(IVSHMEM, unplug::replug_after_hung_guest_ends_qemu)];
+
 /// Scenes that are played under KVM alone.
 const KVM_SCENES: &[Scene] = &[scene!(IVSHMEM, unplug::device_without_driver_comes_back)];
 
-/// Returns whether the scenes under KVM cannot be played here. A list of the scenes alone builds
-/// nothing, and so has no probe.
-fn leaves_kvm_out(lists: bool) -> bool {
-    let can_probe = !lists || Artifacts::are_passed_on();
-    // Without artifacts each scene fails, and says why.
-    can_probe && Artifacts::shared().is_ok_and(|artifacts| check_bare_kvm(artifacts).is_err())
-}
-
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let no_kvm = leaves_kvm_out(arguments.list);
+    let no_kvm = leaves_kvm_out(&arguments);
     let mut trials = Vec::new();
     for accel in [Accel::Tcg, Accel::Kvm] {
         let more = match accel {
-            Accel::Tcg => &[],
+            Accel::Tcg => TCG_SCENES,
             Accel::Kvm => KVM_SCENES,
         };
         for (scene, transports, play) in SCENES.iter().chain(more) {

@@ -7,12 +7,13 @@ use std::thread;
 use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::tier::rounds;
 use barlink_vm::Bare;
+use barlink_vm::broker::Transport;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
 use crate::driver::Driver;
-use crate::registers::{Stop, Storm};
-use crate::stage::{Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
+use crate::registers::{MOMENT, Stop, Storm, reset};
+use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
 use crate::unplug;
 
 /// The queue of doorbells, and that of interrupts.
@@ -21,12 +22,12 @@ const INTERRUPTS: u16 = 1;
 /// Offsets in the common configuration: the selected queue, and its MSI-X vector.
 const QUEUE_SELECT: u64 = 22;
 const QUEUE_VECTOR: u64 = 26;
-/// The region's first word.
-const MAGIC: u32 = u32::from_le_bytes(*b"barl");
 
 /// A started device, and the number of buffers that it has returned by each queue.
 pub struct Queues {
     driver: Driver,
+    /// Address of the MSI-X table, which has one vector.
+    table: u64,
     returned: [usize; 2],
 }
 
@@ -53,12 +54,13 @@ impl Queues {
         let vector = machine.read_short(driver.common.address + QUEUE_VECTOR)?;
         ensure!(vector == 0, "the queue has no vector");
         driver.start(machine)?;
-        wait_until("the region is mapped", || {
-            Ok(machine.read(driver.region.address)? == MAGIC)
-        })?;
+        driver.wait_until_mapped(machine)?;
         stage.tap.all_rings()?;
-        let returned = [0; 2];
-        Ok(Self { driver, returned })
+        Ok(Self {
+            driver,
+            table: device.pci.bars[1].0,
+            returned: [0; 2],
+        })
     }
 
     /// Returns the address of the region.
@@ -80,6 +82,36 @@ impl Queues {
         wait_until("the doorbell is returned", || {
             Ok(self.driver.count(machine, DOORBELLS)? == expected)
         })
+    }
+
+    /// Gives the device buffers, lets the host ring as many vectors, and waits until each buffer
+    /// has come back with its vector.
+    fn buffers_come_back(
+        &mut self,
+        stage: &Stage,
+        machine: &mut Bare,
+        vectors: impl ExactSizeIterator<Item = u32> + Clone,
+    ) -> Result<()> {
+        for _ in 0..vectors.len() {
+            self.give_buffer(machine)?;
+        }
+        for vector in vectors.clone() {
+            stage.tap.ring(VM, vector, 1)?;
+        }
+        self.returned[1] += vectors.len();
+        // The device's count has 16 bits.
+        let expected = self.returned[1] as u16;
+        wait_until("all buffers come back", || {
+            Ok(self.driver.count(machine, INTERRUPTS)? == expected)
+        })?;
+        let all = self.driver.returned(machine, INTERRUPTS)?;
+        let mut last: Vec<_> = all[all.len() - vectors.len()..].to_vec();
+        last.sort_unstable();
+        ensure!(
+            last.into_iter().eq(vectors.map(|vector| (4, vector))),
+            "other vectors"
+        );
+        Ok(())
     }
 
     /// Gives the device a buffer for an interrupt, lets the host ring a vector, and checks that one
@@ -133,9 +165,7 @@ pub fn storm_fills_all_buffers(setting: Setting) -> Result<()> {
     thread::scope(|scope| {
         let _storm = Storm::start(scope, &stage.tap, &stop);
         for count in 1..=buffers {
-            queues
-                .driver
-                .put(&mut machine, INTERRUPTS, u32::MAX, true)?;
+            queues.give_buffer(&mut machine)?;
             queues.ring(&mut machine, HOST, 2)?;
             wait_until("a buffer comes back", || {
                 Ok(queues.driver.count(&mut machine, INTERRUPTS)? == count)
@@ -151,23 +181,34 @@ pub fn storm_fills_all_buffers(setting: Setting) -> Result<()> {
     stage.check_quiet(&machine)
 }
 
+/// Lets both sides ring until `end` has ended the machine's work.
+fn ring_until<T>(
+    stage: &Stage,
+    mut machine: Bare,
+    mut queues: Queues,
+    end: impl FnOnce(Bare) -> Result<T>,
+) -> Result<T> {
+    let stop = Stop::default();
+    thread::scope(|scope| {
+        let _storm = Storm::start(scope, &stage.tap, &stop);
+        for _ in 0..5 {
+            queues.give_buffer(&mut machine)?;
+            queues.ring(&mut machine, HOST, 2)?;
+        }
+        end(machine)
+    })
+}
+
+/// The operator and the guest reset the machine in turn.
 pub fn queues_work_after_resets_amid_rings(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let mut machine = setting.machine(&stage.config(0)?)?;
     for round in 1..=rounds(3, 15) {
         let mut queues = Queues::start(&stage, &mut machine)?;
         queues.work(&stage, &mut machine, 3)?;
-        let stop = Stop::default();
-        thread::scope(|scope| {
-            let _storm = Storm::start(scope, &stage.tap, &stop);
-            for _ in 0..5 {
-                queues
-                    .driver
-                    .put(&mut machine, INTERRUPTS, u32::MAX, true)?;
-                queues.ring(&mut machine, HOST, 2)?;
-            }
-            machine.qmp("system_reset", &json!({}))?;
-            machine.wait_for_firmware(round + 1)
+        machine = ring_until(&stage, machine, queues, |mut machine| {
+            reset(&mut machine, round)?;
+            Ok(machine)
         })?;
     }
     let mut queues = Queues::start(&stage, &mut machine)?;
@@ -177,21 +218,14 @@ pub fn queues_work_after_resets_amid_rings(setting: Setting) -> Result<()> {
 
 pub fn killed_qemu_leaves_queues_usable(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
-    for _ in 0..rounds(3, 20) {
+    for round in 1..=rounds(3, 20) {
         let mut machine = setting.machine(&stage.config(0)?)?;
         let mut queues = Queues::start(&stage, &mut machine)?;
         queues.work(&stage, &mut machine, 3)?;
-        let stop = Stop::default();
-        thread::scope(|scope| {
-            let _storm = Storm::start(scope, &stage.tap, &stop);
-            for _ in 0..5 {
-                queues
-                    .driver
-                    .put(&mut machine, INTERRUPTS, u32::MAX, true)?;
-            }
-            queues.ring(&mut machine, HOST, 2)?;
+        stage.hold_from_second_round(round)?;
+        ring_until(&stage, machine, queues, |machine| {
             drop(machine);
-            Ok::<_, anyhow::Error>(())
+            Ok(())
         })?;
         stage.wait_until_free()?;
     }
@@ -239,4 +273,153 @@ pub fn queues_work_after_unplugging(setting: Setting) -> Result<()> {
     let mut queues = queues.context("after the last round")?;
     queues.work(&stage, &mut machine, 5)?;
     stage.check_quiet(&machine)
+}
+
+/// Rings for a vector that cannot interrupt return their buffers, and become one interrupt later.
+pub fn masked_vector_keeps_its_interrupt(setting: Setting) -> Result<()> {
+    let stage = setting.stage()?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    queues.work(&stage, &mut machine, 3)?;
+    let device = Device::find(&mut machine, "barlink0")?;
+    let control = queues.table + 12;
+    for round in 1..=rounds(1, 100) {
+        for whole in [false, true] {
+            let mask = |machine: &mut Bare, masked: bool| match whole {
+                true => device.set_msix(machine, true, masked),
+                false => machine.write(control, masked.into()),
+            };
+            let before = machine.taken(FIRST, 1)?;
+            mask(&mut machine, true)?;
+            queues.buffers_come_back(&stage, &mut machine, 1..4)?;
+            let taken = machine.sleep_until(FIRST, before + 1, MOMENT)?;
+            ensure!(taken == before, "masked, round {round}: {taken}");
+            mask(&mut machine, false)?;
+            machine.sleep_until(FIRST, before + 1, LIMIT)?;
+            let taken = machine.sleep_until(FIRST, before + 2, MOMENT)?;
+            ensure!(taken == before + 1, "unmasked, round {round}: {taken}");
+            queues.interrupt_comes(&stage, &mut machine, 3)?;
+        }
+    }
+    stage.check_quiet(&machine)
+}
+
+/// The guest gives the device's vector another vector of the processor.
+pub fn moved_vector_interrupts_at_new_place(setting: Setting) -> Result<()> {
+    let stage = setting.stage()?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    let (data, control) = (queues.table + 8, queues.table + 12);
+    for round in 0..rounds(3, 100) {
+        let to = 0x80 + (round % 64) as u8;
+        let before = machine.taken(to, 1)?;
+        let total = machine.taken(FIRST, ALL)?;
+        machine.write(control, 1)?;
+        // A ring amid the move goes to the new place, because the vector is masked.
+        queues.buffers_come_back(&stage, &mut machine, 1..2)?;
+        machine.write(data, u32::from(to))?;
+        machine.write(control, 0)?;
+        let taken = machine.sleep_until(to, before + 1, LIMIT)?;
+        ensure!(taken == before + 1, "round {round}: {taken}");
+        queues.buffers_come_back(&stage, &mut machine, 2..3)?;
+        let taken = machine.sleep_until(to, before + 2, LIMIT)?;
+        ensure!(taken == before + 2, "round {round}: {taken}");
+        let all = machine.taken(FIRST, ALL)?;
+        ensure!(all == total + 2, "round {round}: {all} in all");
+    }
+    stage.check_quiet(&machine)
+}
+
+/// A broker of 16 slots with 256 vectors each. The guest rings vectors of all peers, and is rung by
+/// its own, as many at a time as a queue has buffers.
+pub fn queues_carry_256_vectors_of_16_slots(setting: Setting) -> Result<()> {
+    const SLOTS: u32 = 16;
+    const MANY: u32 = 256;
+    const QUEUE: usize = 64;
+    let mut slots = vec![setting.transport; SLOTS as usize - 1];
+    slots.push(Transport::Ivshmem);
+    let stage = setting.stage_of(&slots, &["--size", "1M", "--vectors", "256"], MANY)?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    let host = SLOTS;
+    let mut expected = Vec::new();
+    for peer in (1..=host).step_by(rounds(5, 1)) {
+        for vector in [0, 1, 128, MANY - 1] {
+            queues.ring(&mut machine, peer, vector)?;
+            expected.push((peer, vector, 1));
+        }
+    }
+    let mut rings = stage.tap.all_rings()?;
+    rings.retain(|(peer, ..)| *peer != VM);
+    ensure!(rings == expected, "{rings:?}");
+    let before = machine.taken(FIRST, 1)?;
+    let vectors: Vec<_> = (0..MANY).step_by(rounds(17, 1)).collect();
+    for batch in vectors.chunks(QUEUE) {
+        queues.buffers_come_back(&stage, &mut machine, batch.iter().copied())?;
+    }
+    let taken = machine.sleep_until(FIRST, before + 1, LIMIT)? - before;
+    let most = vectors.len() as u64;
+    ensure!((1..=most).contains(&taken), "{taken} interrupts");
+    stage.check_quiet(&machine)
+}
+
+/// A guest hangs while it uses the device, and the machine is reset, by which QEMU removes the
+/// device. QEMU ends then. The broker serves the next VM.
+pub fn removal_from_hung_guest_ends_qemu(setting: Setting) -> Result<()> {
+    let stage = setting.stage()?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    stage.set_epoch(1)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    queues.work(&stage, &mut machine, 3)?;
+    // The guest ejects nothing.
+    machine.qmp("device_del", &json!({ "id": "barlink0" }))?;
+    // QEMU can end before it has answered.
+    let _ = machine.qmp("system_reset", &json!({}));
+    let status = machine.end()?;
+    ensure!(!status.success(), "QEMU lives on: tell the user so");
+    let errors = machine.errors()?;
+    ensure!(
+        errors.contains("memory_region_del_subregion: Assertion"),
+        "{errors}"
+    );
+    drop(machine);
+    stage.wait_until_free()?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    queues.work(&stage, &mut machine, 3)?;
+    stage.check_quiet(&machine)
+}
+
+/// The broker has ended. The VM lives on with its memory, and its rings end, until it looks at the
+/// device.
+pub fn broker_leaves_region_and_takes_rings(setting: Setting) -> Result<()> {
+    let mut stage = setting.stage()?;
+    let mut machine = setting.machine(&stage.config(0)?)?;
+    let mut queues = Queues::start(&stage, &mut machine)?;
+    queues.work(&stage, &mut machine, 3)?;
+    stage.broker.kill()?;
+    let word = queues.region() + 4096;
+    machine.write(word, 0x600d_600d)?;
+    ensure!(machine.read(word)? == 0x600d_600d);
+    let before = machine.taken(FIRST, 1)?;
+    queues.give_buffer(&mut machine)?;
+    let ring = HOST << 16 | 3;
+    queues.driver.put(&mut machine, DOORBELLS, ring, false)?;
+    stage.tap.ring(VM, 1, 1)?;
+    let taken = machine.sleep_until(FIRST, before + 1, MOMENT)?;
+    ensure!(taken == before, "a ring without a broker");
+    ensure!(
+        stage.tap.rings(HOST, 3)? == 0,
+        "a doorbell without a broker"
+    );
+    // Until QEMU has noticed the end of the connection, it only reports that it cannot read.
+    let config = queues.driver.config.address;
+    wait_until("QEMU ends", || Ok(machine.read(config).is_err()))?;
+    ensure!(!machine.end()?.success());
+    let errors = machine.errors()?;
+    ensure!(
+        errors.contains("vhost_dev_get_config: Assertion"),
+        "{errors}"
+    );
+    Ok(())
 }

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use barlink_driver_checks::tier::rounds;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::Bare;
-use barlink_vm::broker::Transport;
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
@@ -71,7 +71,7 @@ pub fn masked_vectors_keep_their_rings(setting: Setting) -> Result<()> {
         for _ in 0..3 {
             stage.tap.ring(VM, 2, 1)?;
         }
-        let taken = machine.sleep_until(vector, before + 2, Duration::from_millis(50))?;
+        let taken = machine.sleep_until(vector, before + 2, MOMENT)?;
         ensure!(taken == before + 1, "all masked, round {round}");
         device.set_msix(&mut machine, true, false)?;
         let taken = machine.sleep_until(vector, before + 2, LIMIT)?;
@@ -89,12 +89,11 @@ pub fn disabled_interrupts_come_back(setting: Setting) -> Result<()> {
     device.enable(&mut machine)?;
     let drops = setting.transport == Transport::Ivshmem && setting.accel == Accel::Tcg;
     let vector = FIRST + 3;
-    let moment = Duration::from_millis(50);
     for round in 1..=rounds(5, 30) {
         let before = machine.taken(vector, 1)?;
         device.set_msix(&mut machine, false, false)?;
         stage.tap.ring(VM, 3, 2)?;
-        let taken = machine.sleep_until(vector, before + 1, moment)?;
+        let taken = machine.sleep_until(vector, before + 1, MOMENT)?;
         ensure!(taken == before, "{taken} interrupts while they are off");
         // Linux masks all vectors while it sets them up.
         device.set_msix(&mut machine, true, true)?;
@@ -102,7 +101,7 @@ pub fn disabled_interrupts_come_back(setting: Setting) -> Result<()> {
         device.set_msix(&mut machine, true, false)?;
         let expected = before + u64::from(!drops);
         machine.sleep_until(vector, expected, LIMIT)?;
-        let taken = machine.sleep_until(vector, expected + 1, moment)?;
+        let taken = machine.sleep_until(vector, expected + 1, MOMENT)?;
         ensure!(taken == expected, "round {round}: {taken}, not {expected}");
         stage.interrupts_come(&mut machine, 2)?;
     }
@@ -222,6 +221,19 @@ pub fn storms_both_ways_lose_nothing(setting: Setting) -> Result<()> {
     stage.check_quiet(&machine)
 }
 
+/// Time in which an interrupt comes that is not held back.
+pub const MOMENT: Duration = Duration::from_millis(50);
+
+/// Resets the machine after its boot `boot`, in odd ones by the operator and in even ones by the
+/// guest, and waits until it has booted again.
+pub fn reset(machine: &mut Bare, boot: usize) -> Result<()> {
+    if boot.is_multiple_of(2) {
+        return machine.reset_by_port(boot + 1);
+    }
+    machine.qmp("system_reset", &json!({}))?;
+    machine.wait_for_firmware(boot + 1)
+}
+
 /// Waits until a storm's rings have been handled: by an interrupt of another vector, and until no
 /// more come.
 pub fn settle(stage: &Stage, machine: &mut Bare) -> Result<()> {
@@ -272,7 +284,7 @@ pub fn paused_vm_gets_its_rings_later(setting: Setting) -> Result<()> {
     stage.check_quiet(&machine)
 }
 
-/// The machine is reset while the host rings, and while its guest rings.
+/// The operator resets the machine while host and guest ring, and the guest while the host rings.
 pub fn resets_amid_rings_do_no_harm(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, mut device) = stage.machine()?;
@@ -281,11 +293,12 @@ pub fn resets_amid_rings_do_no_harm(setting: Setting) -> Result<()> {
         let stop = Stop::default();
         thread::scope(|scope| {
             let _storm = Storm::start(scope, &stage.tap, &stop);
-            machine.begin_repeat(device.doorbell(), HOST << 16 | 4, 10_000_000)?;
-            // The broker rings vector 0 alone.
-            wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 4)? > 0))?;
-            machine.qmp("system_reset", &json!({}))?;
-            machine.wait_for_firmware(round + 1)
+            if round % 2 == 1 {
+                machine.begin_repeat(device.doorbell(), HOST << 16 | 4, 10_000_000)?;
+                // The broker rings vector 0 alone.
+                wait_until("the guest rings", || Ok(stage.tap.rings(HOST, 4)? > 0))?;
+            }
+            reset(&mut machine, round)
         })?;
         device = Device::find(&mut machine, "barlink0")?;
         device.enable(&mut machine)?;
@@ -312,6 +325,7 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
         machine.repeat(device.doorbell(), HOST << 16 | 4, 50)?;
         let rings = stage.tap.all_rings()?;
         ensure!(rings == [(HOST, 4, 50)], "round {round}: {rings:?}");
+        stage.hold_from_second_round(round)?;
         let stop = Stop::default();
         thread::scope(|scope| {
             let _storm = Storm::start(scope, &stage.tap, &stop);
@@ -326,28 +340,56 @@ pub fn killed_qemu_leaves_nothing_behind(setting: Setting) -> Result<()> {
     Ok(())
 }
 
+/// The side that rings while its broker changes.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Amid {
+    Both,
+    /// The host alone. The guest rings afterwards.
+    Host,
+}
+
+/// Changes the broker while a side rings, and checks that no ring is lost.
+fn ring_amid(
+    stage: &mut Stage,
+    machine: &mut Bare,
+    device: &Device,
+    amid: Amid,
+    change: impl FnOnce(&mut Broker) -> Result<()>,
+) -> Result<()> {
+    let times = rounds(1_500, 20_000);
+    stage.interrupts_come(machine, 2)?;
+    stage.tap.rings(HOST, 3)?;
+    let before = machine.taken(FIRST + 1, 1)?;
+    let stop = Stop::default();
+    let (tap, broker) = (&stage.tap, &mut stage.broker);
+    thread::scope(|scope| {
+        let _storm = Storm::start(scope, tap, &stop);
+        if amid == Amid::Host {
+            change(broker)?;
+            return machine.repeat(device.doorbell(), HOST << 16 | 3, times);
+        }
+        machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
+        change(broker)?;
+        machine.finish().map(drop)
+    })?;
+    check_storm(stage, machine, &stop, before)?;
+    // A broker that starts rings vector 0 of all peers, and no other one.
+    let rings = stage.tap.rings(HOST, 3)?;
+    ensure!(rings == times, "{rings} of {times}");
+    Ok(())
+}
+
 /// The broker is replaced while both sides ring.
 pub fn replaced_broker_loses_no_ring(setting: Setting) -> Result<()> {
     let mut stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
     device.enable(&mut machine)?;
-    stage.interrupts_come(&mut machine, 1)?;
-    stage.tap.rings(HOST, 3)?;
-    let times = rounds(1_500, 20_000);
-    for round in 1..=rounds(2, 5) {
-        let before = machine.taken(FIRST + 1, 1)?;
-        let stop = Stop::default();
-        thread::scope(|scope| {
-            let _storm = Storm::start(scope, &stage.tap, &stop);
-            machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-            stage.broker.replace()?;
-            machine.finish()
+    for _ in 0..rounds(2, 5) {
+        ring_amid(&mut stage, &mut machine, &device, Amid::Both, |broker| {
+            broker.replace()
         })?;
-        check_storm(&stage, &mut machine, &stop, before)?;
-        let rings = stage.tap.rings(HOST, 3)?;
-        ensure!(rings == times, "round {round}: {rings} of {times}");
-        stage.interrupts_come(&mut machine, 2)?;
     }
+    stage.interrupts_come(&mut machine, 2)?;
     stage.check_quiet(&machine)
 }
 
@@ -358,29 +400,15 @@ pub fn killed_broker_comes_back_unnoticed(setting: Setting) -> Result<()> {
     let mut stage = setting.managed_stage()?;
     let (mut machine, device) = stage.machine()?;
     device.enable(&mut machine)?;
-    let amid = setting.transport == Transport::Ivshmem;
-    let times = rounds(1_500, 20_000);
-    for round in 1..=rounds(2, 10) {
-        stage.interrupts_come(&mut machine, 2)?;
-        stage.tap.rings(HOST, 3)?;
-        let before = machine.taken(FIRST + 1, 1)?;
-        let stop = Stop::default();
-        thread::scope(|scope| {
-            let _storm = Storm::start(scope, &stage.tap, &stop);
-            if amid {
-                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-            }
-            stage.broker.kill()?;
-            stage.broker.start_again()?;
-            if !amid {
-                machine.begin_repeat(device.doorbell(), HOST << 16 | 3, times)?;
-            }
-            machine.finish()
+    let amid = match setting.transport {
+        Transport::Ivshmem => Amid::Both,
+        _ => Amid::Host,
+    };
+    for _ in 0..rounds(2, 10) {
+        ring_amid(&mut stage, &mut machine, &device, amid, |broker| {
+            broker.kill()?;
+            broker.start_again()
         })?;
-        check_storm(&stage, &mut machine, &stop, before)?;
-        let rings = stage.tap.rings(HOST, 3)?;
-        // A broker that starts rings vector 0 of all peers, and no other one.
-        ensure!(rings == times, "round {round}: {rings} of {times}");
     }
     stage.interrupts_come(&mut machine, 2)?;
     stage.check_quiet(&machine)
@@ -422,7 +450,7 @@ pub fn vms_ring_each_other(setting: Setting) -> Result<()> {
         Ok(first.taken(FIRST + 1, 1)? >= times)
     })?;
     first.echo(0, 0, 0)?;
-    let count = first.sleep_until(FIRST + 1, u64::MAX, Duration::from_millis(50))?;
+    let count = first.sleep_until(FIRST + 1, u64::MAX, MOMENT)?;
     let answers = second.taken(FIRST + 1, 1)?;
     // The first ring was an order, and the last one of the second VM was not answered.
     ensure!(answers == count, "{count} one way, {answers} the other way");

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use barlink_protocol::wire::layout::{PAGE_SIZE, presence};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::broker::{Broker, Transport};
@@ -28,6 +29,8 @@ pub const HOST: u32 = 2;
 pub const VECTORS: u32 = 5;
 /// Size of the region in bytes.
 pub const REGION: u64 = 1 << 20;
+/// Place of the epoch of the VM's driver in the region.
+const EPOCH: u64 = REGION - PAGE_SIZE * (VM as u64 + 1) + presence::EPOCH;
 /// The first vector of the processor for interrupts of a device.
 pub const FIRST: u8 = 0x30;
 /// The number of the processor's vectors from [`FIRST`] on that a device can have.
@@ -127,6 +130,22 @@ impl Stage {
             ensure!(taken == 1, "vector {vector}: {taken} interrupts for a ring");
         }
         Ok(())
+    }
+
+    /// Stores the epoch of the VM's driver, as the driver does when it comes and goes.
+    pub fn set_epoch(&self, epoch: u64) -> Result<()> {
+        self.tap.store(EPOCH, &[epoch])
+    }
+
+    /// Lets a machine that is killed in round `round`, counted from 1, leave an odd epoch, except
+    /// in the first round. Checks that the epoch of the machine before is even.
+    pub fn hold_from_second_round(&self, round: u64) -> Result<()> {
+        let epoch = self.tap.load(EPOCH, 1)?[0];
+        ensure!(epoch.is_multiple_of(2), "epoch {epoch} of a former VM");
+        match round {
+            1 => Ok(()),
+            _ => self.set_epoch(epoch + 1),
+        }
     }
 
     /// Waits until slot 0 has no VM.

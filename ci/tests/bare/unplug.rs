@@ -7,26 +7,19 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use barlink_driver_checks::tier::rounds;
-use barlink_protocol::wire::layout::{PAGE_SIZE, presence};
 use barlink_sandbox::tools::Accel;
 use barlink_vm::Bare;
 use barlink_vm::broker::Transport;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
-use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, REGION, Setting, Stage, VECTORS, VM};
+use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, Setting, Stage, VECTORS, VM};
 
 /// The ports by which ACPI's hot-plug of q35 selects a bus, shows the devices that are to go, and
 /// ejects them (QEMU, `docs/specs/acpi_pci_hotplug.rst`).
 const GOING: u16 = 0xcc4;
 const EJECT: u16 = 0xcc8;
 const BUS: u16 = 0xcd0;
-
-/// Stores the epoch of the VM's driver, as the driver does when it comes and goes.
-fn set_epoch(stage: &Stage, epoch: u64) -> Result<()> {
-    let page = REGION - PAGE_SIZE * u64::from(VM + 1);
-    stage.tap.store(page + presence::EPOCH, &[epoch])
-}
 
 /// Tells QEMU to remove the device, and lets the guest eject it.
 pub fn eject(machine: &mut Bare) -> Result<()> {
@@ -113,11 +106,11 @@ pub fn device_that_left_in_order_comes_back(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
     for round in 0..rounds(3, 30) {
-        set_epoch(&stage, 2 * round + 1)?;
+        stage.set_epoch(2 * round + 1)?;
         works(&stage, &mut machine, &device)?;
         // The driver goes: it disables the interrupts, and ends its epoch.
         device.set_msix(&mut machine, false, false)?;
-        set_epoch(&stage, 2 * round + 2)?;
+        stage.set_epoch(2 * round + 2)?;
         eject(&mut machine)?;
         removed(&stage, &machine, &chardev(round))?;
         plug(&stage, &machine, &chardev(round + 1))?;
@@ -148,7 +141,7 @@ pub fn device_without_driver_comes_back(setting: Setting) -> Result<()> {
 pub fn device_of_hung_guest_keeps_its_slot(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
     let (mut machine, device) = stage.machine()?;
-    set_epoch(&stage, 1)?;
+    stage.set_epoch(1)?;
     device.enable(&mut machine)?;
     stage.interrupts_come(&mut machine, 2)?;
     // The guest ejects nothing. QEMU removes the device when the machine is reset.
@@ -185,8 +178,32 @@ pub fn device_of_hung_guest_keeps_its_slot(setting: Setting) -> Result<()> {
     stage.check_quiet(&machine)
 }
 
+/// The same without KVM, and the QEMU plugs the device in again: it watches the eventfds of the
+/// device that is gone, and ends when the broker rings them
+/// (`docs/decisions/0005-hot-unplug.md`). The broker serves the next VM.
+pub fn replug_after_hung_guest_ends_qemu(setting: Setting) -> Result<()> {
+    let stage = setting.stage()?;
+    let (mut machine, device) = stage.machine()?;
+    stage.set_epoch(1)?;
+    device.enable(&mut machine)?;
+    stage.interrupts_come(&mut machine, 2)?;
+    machine.qmp("device_del", &json!({ "id": "barlink0" }))?;
+    machine.qmp("system_reset", &json!({}))?;
+    removed(&stage, &machine, &chardev(0))?;
+    // QEMU can end before it has answered.
+    let _ = plug(&stage, &machine, &chardev(1));
+    ensure!(!machine.end()?.success(), "QEMU lives on: tell the user so");
+    drop(machine);
+    wait_until("the slot has no former VM", || {
+        Ok(stage.broker.inspect()?["broker"]["slots"][0]["former"].is_null())
+    })?;
+    let (mut machine, device) = stage.machine()?;
+    works(&stage, &mut machine, &device)?;
+    stage.check_quiet(&machine)
+}
+
 /// Returns the text of an error that must have come.
-fn refused<T>(result: Result<T>) -> Result<String> {
+pub fn refused<T>(result: Result<T>) -> Result<String> {
     match result {
         Ok(_) => bail!("the slot is given away"),
         Err(error) => Ok(format!("{error:#}")),

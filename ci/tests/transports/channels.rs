@@ -4,7 +4,7 @@
 //! reset or replaced.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -501,44 +501,17 @@ fn reset_guest_continues_with_new_epoch() -> Result<()> {
 /// channel, whether the guest sleeps or is awake again, because that process still has its mapping.
 /// A reset by force ends the process, and repeats no record.
 fn sleeping_guest_keeps_its_end(broker: &Broker, vm: &Vm) -> Result<()> {
-    let sender = vm.spawn(["barlink-guest", "send"])?;
-    sender.write(b"before ")?;
-    let mut receiver = receive(broker, "up")?;
-    wait_until("the first bytes are released", || {
-        let channel = &broker.inspect()?["channels"][0];
-        Ok(channel["records"] == 1 && channel["fill"] == 0)
-    })?;
-    kill(&mut receiver.app)?;
-    wait_for_holder(broker, "up", "consumer", false)?;
+    let sender = LivingSender::start(broker, vm)?;
     let refused = || {
-        let mut app = broker.app(["reset-channel", "up"]);
-        let refused = run(&mut app, "the reset")?;
-        let text = String::from_utf8(refused.stderr)?;
-        ensure!(refused.status.code() == Some(4), "{text}");
+        let text = sender.keeps_its_end()?;
         ensure!(text.contains("slot 0's VM"), "{text}");
         Ok(())
     };
     vm.suspend_during(refused)?;
     refused()?;
-    sender.write(b"after")?;
-    let mut app = broker.app(["recv", "--partial"]);
-    let mut receiver = App::start(app.stdout(Stdio::piped()))?;
-    let mut output = receiver.stdout.take().context("no output")?;
-    let mut bytes = [0; 5];
-    output.read_exact(&mut bytes)?;
-    assert_eq!(&bytes, b"after");
-    kill(&mut receiver)?;
-    wait_for_holder(broker, "up", "consumer", false)?;
-
-    broker.run(["reset-channel", "up", "--force"])?;
-    sender.write(b"too late")?;
-    let ended = sender.wait(COMMAND_TIMEOUT)?;
-    let text = String::from_utf8_lossy(&ended.stderr);
-    ensure!(text.contains("the channel was reset"), "{text}");
-    vm.run(["sh", "-c", "echo new | barlink-guest send"])?
-        .require_success()?;
-    assert_eq!(receive(broker, "up")?.bytes()?, b"new\n");
-    Ok(())
+    sender.sends_on()?;
+    sender.ends_by_force()?;
+    sends_anew(broker, vm)
 }
 
 #[test]

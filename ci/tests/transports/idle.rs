@@ -76,6 +76,6 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     assert_eq!(guest_receiver.wait(COMMAND_TIMEOUT)?.success()?, sent);
     // The checks come last, so that no process is left.
     ensure!(slept[0], "the host app was not rung by the guest");
-    ensure!(slept[1], "the guest app was not rung by the host");
+    ensure!(slept[1], "the guest program was not rung by the host");
     Ok(())
 }

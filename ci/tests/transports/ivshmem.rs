@@ -29,6 +29,8 @@ mod idle;
 mod mixed;
 #[path = "names.rs"]
 mod names;
+#[path = "outlived.rs"]
+mod outlived;
 #[path = "restart.rs"]
 mod restart;
 #[path = "silence.rs"]
@@ -39,6 +41,8 @@ mod snapshots;
 mod sysfs;
 #[path = "table.rs"]
 mod table;
+#[path = "unplugged.rs"]
+mod unplugged;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

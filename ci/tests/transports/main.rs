@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The conformance suite: what a guest and host apps see of each other is the same over every
-//! transport. Each test runs over each transport, in a module of the transport's name.
-//! `ci/tests/driver/` is the driver's part of the suite.
+//! The conformance suite: guests and host apps see the same of each other over every transport.
+//! Each test runs over each transport, in a module of the transport's name. `ci/tests/driver/` is
+//! the driver's part of the suite.
 
 mod foreign_device;
 mod ivshmem;

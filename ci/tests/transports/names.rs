@@ -72,6 +72,19 @@ fn names_follow_devices_bound_in_other_order() -> Result<()> {
     ];
     ensure!(vm.run(peek)?.success()? == "of the log");
 
+    // A command that names no device says which one it uses.
+    let chosen = vm.run(["barlink-guest", "poke", "text"])?;
+    let said = String::from_utf8_lossy(&chosen.stderr).into_owned();
+    chosen.success()?;
+    let first = info(&vm, by_number[0])?["name"].clone();
+    let text = format!(
+        "warning: /dev/barlink0 is used, that of broker `{}`, and there are 2 devices: choose one with --device",
+        first.as_str().unwrap_or_default()
+    );
+    ensure!(said.contains(&text), "{said}");
+    let named = vm.run(["barlink-guest", "--device", by_number[0], "poke", "text"])?;
+    ensure!(!String::from_utf8_lossy(&named.stderr).contains("warning"));
+
     let unknown = vm.run(["barlink-guest", "--device", "vm-3", "info"])?;
     ensure!(unknown.status == Status::Code(3), "{:?}", unknown.status);
     let error = String::from_utf8_lossy(&unknown.stderr).into_owned();

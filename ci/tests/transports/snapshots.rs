@@ -3,6 +3,9 @@
 //! A VM that is saved: `savevm` and `loadvm`, and a migration to a file, as `virsh managedsave`
 //! makes it.
 
+use std::io::Write;
+use std::process::Stdio;
+
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_vm::broker::{Broker, Transport};
@@ -37,7 +40,7 @@ fn add_disk(broker: &Broker, vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command of QEMU's monitor, and returns what it prints: nothing on success.
+/// Runs a command of QEMU's monitor, and returns its output, which is empty on success.
 fn monitor(vm: &Vm, command: &str) -> Result<String> {
     let arguments = json!({ "command-line": command });
     let printed = vm.qmp("human-monitor-command", &arguments)?;
@@ -76,26 +79,52 @@ fn saving_vm_fails_or_loses_device() -> Result<()> {
 }
 
 /// Takes a VM over vfio-user back to a snapshot. Its device is then as after power-on: no address
-/// and no region. Programs in it end with an error, and the host sees that the guest has left. The
-/// guest gets the device back by removing it and finding it again.
+/// and no region. Programs in it end with an error that says so, and the host sees that the guest
+/// has left. The guest gets the device back by removing it and finding it again.
 fn restored_vm_has_no_device(broker: &Broker, vm: &Vm) -> Result<()> {
     RoundTrip::start(broker, vm)?.finish()?;
-    let receiver = vm.spawn(["barlink-guest", "recv"])?;
+    let buffer = vm.spawn(["barlink-guest", "buffer"])?;
+    buffer.close_stdin()?;
+    buffer.next_line(COMMAND_TIMEOUT)?.context("no line")?;
+    let receiver = vm.spawn(["barlink-guest", "recv", "--follow"])?;
+    let tap = vm.spawn(["barlink-guest", "tail", "down"])?;
+    let sender = vm.spawn(["barlink-guest", "send"])?;
     wait_for_holder(broker, "down", "consumer", true)?;
+    wait_for_holder(broker, "up", "producer", true)?;
+    // The receiver has got a stream, and sleeps until it is rung.
+    let mut app = broker.app(["send"]);
+    let mut app = App::start(app.stdin(Stdio::piped()))?;
+    let mut input = app.stdin.take().context("no input")?;
+    input.write_all(b"before\n")?;
+    drop(input);
+    ensure!(wait_for_end(&mut app, "the sender")?.success());
+    receiver.wait_for("before", COMMAND_TIMEOUT)?;
+    tap.wait_for("before", COMMAND_TIMEOUT)?;
     ensure!(monitor(vm, "savevm one")?.is_empty());
     vm.run(["barlink-guest", "poke", "later"])?
         .require_success()?;
     ensure!(monitor(vm, "loadvm one")?.is_empty());
     ensure!(vm.qmp("query-status", &json!({}))?["running"] == true);
     wait_for_holder(broker, "down", "consumer", false)?;
-    let ended = receiver.wait(COMMAND_TIMEOUT)?;
-    let error = String::from_utf8_lossy(&ended.stderr).into_owned();
-    ensure!(ended.status == Status::Code(1), "{error}");
-    ensure!(error.contains("is corrupt"), "{error}");
-    let refused = vm.run(["barlink-guest", "info"])?;
-    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
-    ensure!(refused.status == Status::Code(1), "{error}");
-    ensure!(error.contains("no barlink region"), "{error}");
+    sender.write(b"sent to nobody")?;
+    sender.close_stdin()?;
+    let mut ends = Vec::new();
+    for (name, process) in [
+        ("sender", sender),
+        ("receiver", receiver),
+        ("tap", tap),
+        ("buffer", buffer),
+    ] {
+        ends.push((name, process.wait(COMMAND_TIMEOUT).context(name)?));
+    }
+    for command in ["info", "peek", "poke", "send", "recv"] {
+        ends.push((command, vm.run(["barlink-guest", command])?));
+    }
+    for (name, ended) in ends {
+        let error = String::from_utf8_lossy(&ended.stderr).into_owned();
+        ensure!(ended.status == Status::Code(3), "{name}: {error}");
+        ensure!(error.contains("has lost its region"), "{name}: {error}");
+    }
     // The region is not part of a snapshot.
     ensure!(broker.run(["peek", "--raw", "--length", "5"])? == b"later");
 

@@ -2,7 +2,7 @@
 
 //! A VM with its broker, and host apps that stream.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::Stdio;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
 pub use barlink_vm_tests::wait_until;
 pub use barlink_vm_tests::{App, wait_for_end};
-use barlink_vm_tests::{Task, kill, read_all};
+use barlink_vm_tests::{Task, kill, read_all, run};
 
 /// Starts a broker with these arguments, and restores a VM in its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -155,4 +155,72 @@ pub fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) ->
         let channel = channels.iter().find(|entry| entry["name"] == channel);
         Ok(channel.context("no such channel")?[end].is_u64() == held)
     })
+}
+
+/// A sender in the guest that may outlive its device or its driver's epoch. It has sent `before `,
+/// which a host app has received and released.
+pub struct LivingSender<'a> {
+    broker: &'a Broker,
+    sender: Process,
+}
+
+impl<'a> LivingSender<'a> {
+    pub fn start(broker: &'a Broker, vm: &Vm) -> Result<Self> {
+        let sender = vm.spawn(["barlink-guest", "send"])?;
+        sender.write(b"before ")?;
+        let mut receiver = receive(broker, "up")?;
+        wait_until("the first bytes are released", || {
+            let channel = &broker.inspect()?["channels"][0];
+            Ok(channel["records"] == 1 && channel["fill"] == 0)
+        })?;
+        kill(&mut receiver.app)?;
+        wait_for_holder(broker, "up", "consumer", false)?;
+        Ok(Self { broker, sender })
+    }
+
+    /// Checks that the host cannot reset the channel without force. Returns the error.
+    pub fn keeps_its_end(&self) -> Result<String> {
+        let mut app = self.broker.app(["reset-channel", "up"]);
+        let refused = run(&mut app, "the reset")?;
+        let text = String::from_utf8(refused.stderr)?;
+        ensure!(refused.status.code() == Some(4), "{text}");
+        Ok(text)
+    }
+
+    /// Checks that the sender's next bytes reach the host, and no others.
+    pub fn sends_on(&self) -> Result<()> {
+        self.sender.write(b"after")?;
+        let mut app = self.broker.app(["recv", "--partial"]);
+        let mut receiver = App::start(app.stdout(Stdio::piped()))?;
+        let mut output = receiver.stdout.take().context("no output")?;
+        let mut bytes = [0; 5];
+        output.read_exact(&mut bytes)?;
+        ensure!(&bytes == b"after", "{bytes:?} came again");
+        kill(&mut receiver)?;
+        wait_for_holder(self.broker, "up", "consumer", false)
+    }
+
+    /// Resets the channel by force, and checks that the sender ends with an error that says so.
+    pub fn ends_by_force(self) -> Result<()> {
+        self.broker.run(["reset-channel", "up", "--force"])?;
+        self.ends_with("the channel was reset")
+    }
+
+    /// Checks that the sender ends at its next bytes, with an error that has this text.
+    pub fn ends_with(self, cause: &str) -> Result<()> {
+        self.sender.write(b"too late")?;
+        let ended = self.sender.wait(COMMAND_TIMEOUT)?;
+        let text = String::from_utf8_lossy(&ended.stderr);
+        ensure!(text.contains(cause), "{:?}: {text}", ended.status);
+        Ok(())
+    }
+}
+
+/// Sends a stream from the guest, and checks that the host receives it and nothing else.
+pub fn sends_anew(broker: &Broker, vm: &Vm) -> Result<()> {
+    vm.run(["sh", "-c", "echo new | barlink-guest send"])?
+        .require_success()?;
+    let bytes = receive(broker, "up")?.bytes()?;
+    ensure!(bytes == b"new\n", "{bytes:?}");
+    Ok(())
 }

@@ -30,6 +30,8 @@ mod idle;
 mod mixed;
 #[path = "names.rs"]
 mod names;
+#[path = "outlived.rs"]
+mod outlived;
 #[path = "restart.rs"]
 mod restart;
 #[path = "silence.rs"]

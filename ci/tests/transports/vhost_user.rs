@@ -30,12 +30,16 @@ mod idle;
 mod mixed;
 #[path = "names.rs"]
 mod names;
+#[path = "outlived.rs"]
+mod outlived;
 #[path = "silence.rs"]
 mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
 #[path = "table.rs"]
 mod table;
+#[path = "unplugged.rs"]
+mod unplugged;
 
 /// Sends a line from the guest through a channel, and checks that the host receives it.
 fn line(broker: &Broker, vm: &Vm, text: &str) -> Result<()> {

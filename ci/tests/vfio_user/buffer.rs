@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
-use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Executor, Vm};
 use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
 
@@ -58,8 +58,7 @@ pub(super) fn wait_for_its_end(broker: &Broker) -> Result<()> {
     })
 }
 
-#[test]
-fn host_reads_dma_buffer_of_guest() -> Result<()> {
+pub fn host_reads_dma_buffer_of_guest(_: Executor) -> Result<()> {
     let (broker, vm) = guest(&["--guest-memory"])?;
     let error = format!("{:#}", peek(&broker, 1).expect_err("there is none"));
     assert!(error.contains(NONE), "{error}");
@@ -125,15 +124,13 @@ const SUSPEND: &str = "echo deep >/sys/power/mem_sleep
     cd /sys/bus/virtio/drivers/virtio_console
     for port in virtio*; do echo $port >unbind; echo $port >bind; done";
 
-#[test]
-fn driver_announces_buffer_again_after_suspend() -> Result<()> {
+pub fn driver_announces_buffer_again_after_suspend(_: Executor) -> Result<()> {
     suspend(false)
 }
 
 /// Checks the same behind an IOMMU. The reset also clears the IOMMU, and the guest's kernel sets it
 /// up again before it resumes any driver.
-#[test]
-fn driver_announces_iommu_buffer_again_after_suspend() -> Result<()> {
+pub fn driver_announces_iommu_buffer_again_after_suspend(_: Executor) -> Result<()> {
     suspend(true)
 }
 
@@ -155,8 +152,7 @@ fn suspend(iommu: bool) -> Result<()> {
     wait_for_its_end(&broker)
 }
 
-#[test]
-fn driver_announces_no_buffer_without_guest_memory() -> Result<()> {
+pub fn driver_announces_no_buffer_without_guest_memory(_: Executor) -> Result<()> {
     let (broker, vm) = guest(&[])?;
     let process = vm.spawn(["barlink-guest", "buffer"])?;
     process.write(b"not seen")?;

@@ -7,13 +7,13 @@ use std::fs::{self, File};
 
 use anyhow::{Context, Result, ensure};
 use barlink_vm::broker::Broker;
-use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Process, Vm};
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Executor, Process, Vm};
 use barlink_vm_tests::{App, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
+use super::Setting;
 use super::buffer::{guest_with, pattern, peek, wait_for_its_end};
-use super::{Setting, started};
 
 /// Size of the buffer in bytes: 2 MiB that the IOMMU maps as one page where it can, and 256 pages
 /// that it maps one by one. These are more ranges than QEMU reports otherwise.
@@ -101,8 +101,7 @@ fn streams(broker: &Broker, vm: &Vm, bytes: &[u8]) -> Result<bool> {
     Ok(fs::read(path("up"))? == bytes)
 }
 
-#[test]
-fn host_reads_dma_buffer_behind_iommu() -> Result<()> {
+pub fn host_reads_dma_buffer_behind_iommu(_: Executor) -> Result<()> {
     let (mut broker, vm) = guest_with(&["--guest-memory"], true)?;
     // The device's addresses are translated, and its interrupts are remapped.
     let kind = read(&vm, &format!("{DEVICE}/iommu_group/type"))?;
@@ -195,8 +194,8 @@ fn switch_on(machine: &mut Bare) -> Result<()> {
     machine.write(ORDER, TRANSLATE)
 }
 
-fn setting() -> Result<(Setting, Config)> {
-    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+fn setting(executor: Executor) -> Result<(Setting, Config)> {
+    let setting = Setting::with(executor, &["--size", "1M", "--guest-memory"])?;
     let config = Config {
         arguments: setting.broker.arguments(0)?,
         shared_memory: true,
@@ -205,14 +204,13 @@ fn setting() -> Result<(Setting, Config)> {
     Ok((setting, config))
 }
 
-#[test]
-fn enabled_iommu_hides_guest_memory() -> Result<()> {
-    let (setting, config) = setting()?;
+pub fn enabled_iommu_hides_guest_memory(executor: Executor) -> Result<()> {
+    let (setting, config) = setting(executor)?;
     let config = Config {
         iommu: true,
         ..config
     };
-    let (mut machine, _) = started(&config)?;
+    let (mut machine, _) = setting.started(&config)?;
     let all = 128 << 20;
     let is_there = || wait_until("it is there", || Ok(readable(&setting.broker)? >= all));
     is_there()?;
@@ -233,12 +231,11 @@ fn enabled_iommu_hides_guest_memory() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn iommu_without_caching_mode_ends_qemu() -> Result<()> {
-    let (_setting, mut config) = setting()?;
+pub fn iommu_without_caching_mode_ends_qemu(executor: Executor) -> Result<()> {
+    let (setting, mut config) = setting(executor)?;
     let iommu = ["-device", "intel-iommu"].map(str::to_owned);
     config.arguments.splice(0..0, iommu);
-    let (mut machine, _) = started(&config)?;
+    let (mut machine, _) = setting.started(&config)?;
     // QEMU ends instead of answering this access.
     let _ = switch_on(&mut machine);
     let status = machine.end()?;

@@ -1,24 +1,82 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! barlink's own device on stock QEMU: the test accesses the registers itself, without a guest, and
-//! counts messages.
+//! barlink's own device on stock QEMU: the test accesses the registers itself, without a kernel,
+//! and counts messages. QEMU itself executes the accesses, or the bare guest under KVM.
 
 mod buffer;
+#[path = "../executors.rs"]
+mod executors;
 mod iommu;
 mod relay;
 mod under_way;
 
+use std::process::ExitCode;
+
 use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::tier::rounds;
+use barlink_protocol::wire::uapi::REGISTERS_MAGIC;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, FREE_PORT, PciDevice, Vm};
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Executor, FREE_PORT, PciDevice, Vm};
 use barlink_vm_tests::{App, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
+use self::executors::{EACH, QTEST, Test};
 use self::relay::{Message, Relay};
+
+const TESTS: &[Test] = &[
+    test!(EACH, qemu_sees_ivshmem_and_our_registers),
+    test!(EACH, bar2_is_written_without_a_message),
+    test!(EACH, doorbell_causes_one_message_and_ring),
+    test!(QTEST, rings_become_interrupts_of_vm),
+    test!(QTEST, reset_of_the_machine_reaches_the_broker),
+    test!(EACH, broker_copies_shared_guest_memory),
+    test!(QTEST, qemu_plugs_in_any_kind_of_memory),
+    test!(EACH, rejected_vfio_user_qemu_ends_immediately),
+    test!(QTEST, vfio_user_device_allows_plugging_not_unplugging),
+    test!(EACH, vm_outlives_its_broker_until_it_reboots),
+    test!(QTEST, migration_leaves_region_behind),
+    test!(QTEST, stream_causes_messages_only_for_doorbells),
+    test!(QTEST, buffer::host_reads_dma_buffer_of_guest),
+    test!(QTEST, buffer::driver_announces_buffer_again_after_suspend),
+    test!(
+        QTEST,
+        buffer::driver_announces_iommu_buffer_again_after_suspend
+    ),
+    test!(
+        QTEST,
+        buffer::driver_announces_no_buffer_without_guest_memory
+    ),
+    test!(QTEST, iommu::host_reads_dma_buffer_behind_iommu),
+    test!(EACH, iommu::enabled_iommu_hides_guest_memory),
+    test!(EACH, iommu::iommu_without_caching_mode_ends_qemu),
+    test!(QTEST, under_way::replacement_delivers_each_ring_once),
+    test!(
+        QTEST,
+        under_way::broker_killed_with_unread_message_ends_qemu
+    ),
+    test!(
+        QTEST,
+        under_way::vm_survives_missing_reply_from_killed_broker
+    ),
+    test!(
+        QTEST,
+        under_way::unanswered_message_delays_qemu_five_seconds
+    ),
+    test!(QTEST, under_way::lost_interrupt_setup_works_when_repeated),
+    test!(EACH, under_way::vm_survives_broker_stopped_amid_rings),
+    test!(
+        QTEST,
+        under_way::late_answer_of_stopped_broker_ends_connection
+    ),
+    test!(QTEST, under_way::longer_timeout_survives_stopped_broker),
+];
+
+fn main() -> ExitCode {
+    executors::run("vfio_user", TESTS)
+}
 
 /// Commands of vfio-user: `DEVICE_RESET`, `REGION_WRITE`, `DEVICE_SET_IRQS` and `DMA_UNMAP`.
 const RESET: u16 = 13;
@@ -28,6 +86,7 @@ const UNMAP: u16 = 3;
 
 /// A broker with slot 0 over vfio-user and slot 1 over ivshmem, from which the test takes its tap.
 struct Setting {
+    executor: Executor,
     broker: Broker,
     relay: Relay,
     tap: Tap,
@@ -39,29 +98,32 @@ const HOST: u32 = 2;
 const VECTORS: u32 = 5;
 
 impl Setting {
-    fn new(size: &str) -> Result<Self> {
-        Self::with(&["--size", size])
+    fn new(executor: Executor, size: &str) -> Result<Self> {
+        Self::with(executor, &["--size", size])
     }
 
-    fn with(arguments: &[&str]) -> Result<Self> {
-        Self::at(Broker::start_over(Artifacts::shared()?, &SLOTS, arguments)?)
+    fn with(executor: Executor, arguments: &[&str]) -> Result<Self> {
+        let broker = Broker::start_over(Artifacts::shared()?, &SLOTS, arguments)?;
+        Self::at(executor, broker)
     }
 
     /// Starts a broker whose service manager stores all its descriptors for its successor, even if
     /// the broker is killed.
     fn managed() -> Result<Self> {
         let arguments = ["--size", "1M"];
-        Self::at(Broker::start_managed_over(
-            Artifacts::shared()?,
-            &SLOTS,
-            &arguments,
-        )?)
+        let broker = Broker::start_managed_over(Artifacts::shared()?, &SLOTS, &arguments)?;
+        Self::at(Executor::Qtest, broker)
     }
 
-    fn at(broker: Broker) -> Result<Self> {
+    fn at(executor: Executor, broker: Broker) -> Result<Self> {
         let relay = Relay::start(&broker.socket(0), broker.folder())?;
         let tap = Tap::before_the_vm(&broker, 1, HOST, VECTORS)?;
-        Ok(Self { broker, relay, tap })
+        Ok(Self {
+            executor,
+            broker,
+            relay,
+            tap,
+        })
     }
 
     /// Returns QEMU's configuration, with the relay's socket in place of the broker's.
@@ -80,7 +142,20 @@ impl Setting {
     }
 
     fn machine(&self) -> Result<(Bare, PciDevice)> {
-        started(&self.config()?)
+        self.started(&self.config()?)
+    }
+
+    fn start(&self, config: &Config) -> Result<Bare> {
+        Bare::start_by(self.executor, Artifacts::shared()?, config)
+    }
+
+    /// Starts a machine, and waits for the end of its firmware. Until then the firmware maps memory
+    /// anew, and QEMU sends the broker messages about it.
+    fn started(&self, config: &Config) -> Result<(Bare, PciDevice)> {
+        let mut machine = self.start(config)?;
+        let device = machine.device("barlink0")?;
+        machine.wait_for_firmware(1)?;
+        Ok((machine, device))
     }
 
     fn connection(&self) -> Result<u64> {
@@ -89,24 +164,14 @@ impl Setting {
     }
 }
 
-/// Starts a machine, and waits for the end of its firmware. Until then the firmware maps memory
-/// anew, and QEMU sends the broker messages about it.
-fn started(config: &Config) -> Result<(Bare, PciDevice)> {
-    let mut machine = Bare::start(Artifacts::shared()?, config)?;
-    let device = machine.device("barlink0")?;
-    machine.wait_for_firmware(1)?;
-    Ok((machine, device))
-}
-
 /// Waits until the broker has answered one more message, and so all messages before it.
 fn pass_broker(machine: &mut Bare, device: &PciDevice) -> Result<()> {
     machine.read(device.bars[0].0 + 8).map(drop)
 }
 
-#[test]
-fn qemu_sees_ivshmem_and_our_registers() -> Result<()> {
+fn qemu_sees_ivshmem_and_our_registers(executor: Executor) -> Result<()> {
     for (size, bytes) in [("1M", 1 << 20), ("64M", 64 << 20), ("1G", 1 << 30)] {
-        let setting = Setting::new(size)?;
+        let setting = Setting::new(executor, size)?;
         let (mut machine, device) = setting.machine()?;
         let mut config = |offset| machine.read(device.config + offset);
         assert_eq!(config(0x00)?, 0x1110_1af4);
@@ -124,7 +189,7 @@ fn qemu_sees_ivshmem_and_our_registers() -> Result<()> {
         let registers = device.bars[0].0;
         let mut register = |offset| machine.read(registers + offset);
         assert_eq!(register(8)?, 0, "its own ID");
-        assert_eq!(register(0x10)?, u32::from_le_bytes(*b"barl"));
+        assert_eq!(register(0x10)?, REGISTERS_MAGIC);
         assert_eq!(register(0x14)?, 1);
         assert_eq!([register(0x20)?, register(0x24)?], [3, VECTORS]);
         let errors = machine.errors()?;
@@ -133,17 +198,20 @@ fn qemu_sees_ivshmem_and_our_registers() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn bar2_is_written_without_a_message() -> Result<()> {
-    let setting = Setting::new("64M")?;
+fn bar2_is_written_without_a_message(executor: Executor) -> Result<()> {
+    // A KVM that interprets the guest is slow.
+    let setting = match executor {
+        Executor::Qtest => Setting::new(executor, "64M")?,
+        Executor::Guest(_) => Setting::new(executor, "1M")?,
+    };
     let (mut machine, device) = setting.machine()?;
     let (address, size) = device.bars[2];
     // The superblock holds the offset of the raw window at byte 40.
     let window = u64::from(machine.read(address + 40)?);
     pass_broker(&mut machine, &device)?;
     let before = setting.relay.messages().len();
-    // The rounds write 128 MiB or 1 GiB in total. They overwrite the superblock too, because the
-    // broker does not read it again.
+    // By qtest the rounds write 128 MiB or 1 GiB in total. They overwrite the superblock too,
+    // because the broker does not read it again.
     let last = rounds(2, 16);
     for round in 1..=last {
         machine.fill(address, size, round)?;
@@ -164,9 +232,8 @@ fn bar2_is_written_without_a_message() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn doorbell_causes_one_message_and_ring() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn doorbell_causes_one_message_and_ring(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     let doorbell = device.bars[0].0 + 12;
     setting.tap.all_rings()?;
@@ -216,9 +283,8 @@ fn interrupt_comes(setting: &Setting, machine: &mut Bare, vector: u32) -> Result
     })
 }
 
-#[test]
-fn rings_become_interrupts_of_vm() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn rings_become_interrupts_of_vm(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     enable_interrupts(&mut machine, &device)?;
     machine.fill(TARGET, 64, 0)?;
@@ -244,9 +310,8 @@ fn rings_become_interrupts_of_vm() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn reset_of_the_machine_reaches_the_broker() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn reset_of_the_machine_reaches_the_broker(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     enable_interrupts(&mut machine, &device)?;
     let before = setting.connection()?;
@@ -283,13 +348,12 @@ fn peek(broker: &Broker, address: u64) -> Result<Vec<u8>> {
     broker.run(peek)
 }
 
-#[test]
-fn broker_copies_shared_guest_memory() -> Result<()> {
-    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+fn broker_copies_shared_guest_memory(executor: Executor) -> Result<()> {
+    let setting = Setting::with(executor, &["--size", "1M", "--guest-memory"])?;
     let peek = |address| peek(&setting.broker, address);
     let mut config = setting.config()?;
     config.arguments = setting.broker.arguments(0)?;
-    let private = Bare::start(Artifacts::shared()?, &config)?;
+    let private = setting.start(&config)?;
     let error = format!("{:#}", peek(TARGET).expect_err("it is not shared"));
     assert!(error.contains("memory-backend-memfd,share=on"), "{error}");
     drop(private);
@@ -298,7 +362,7 @@ fn broker_copies_shared_guest_memory() -> Result<()> {
     })?;
     config.arguments = setting.broker.arguments(0)?;
     config.shared_memory = true;
-    let (mut machine, _) = started(&config)?;
+    let (mut machine, _) = setting.started(&config)?;
     machine.write(TARGET, u32::from_le_bytes(*b"seen"))?;
     machine.write(TARGET + 4, u32::from_le_bytes(*b" it!"))?;
     assert_eq!(peek(TARGET)?, b"seen it!");
@@ -320,9 +384,8 @@ fn broker_copies_shared_guest_memory() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn qemu_plugs_in_any_kind_of_memory() -> Result<()> {
-    let setting = Setting::with(&["--size", "1M", "--guest-memory"])?;
+fn qemu_plugs_in_any_kind_of_memory(executor: Executor) -> Result<()> {
+    let setting = Setting::with(executor, &["--size", "1M", "--guest-memory"])?;
     let mut config = setting.config()?;
     config.arguments = setting.broker.arguments(0)?;
     config.shared_memory = true;
@@ -333,7 +396,7 @@ fn qemu_plugs_in_any_kind_of_memory() -> Result<()> {
     let folder = tempfile::tempdir_in(&Artifacts::shared()?.logs)?;
     let on_disk = folder.path().join("memory");
     config.paths.push(folder.path().to_owned());
-    let (mut machine, _) = started(&config)?;
+    let (mut machine, _) = setting.started(&config)?;
     let size = 128 << 20;
     let share = true;
     let status = || -> Result<(u64, u64)> {
@@ -380,16 +443,15 @@ fn qemu_plugs_in_any_kind_of_memory() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn rejected_vfio_user_qemu_ends_immediately() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn rejected_vfio_user_qemu_ends_immediately(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     // Without the relay, whose process would keep the slot of the first machine.
     let direct = Config {
         arguments: setting.broker.arguments(0)?,
         ..setting.config()?
     };
-    let (first, _) = started(&direct)?;
-    let refused = Bare::start(Artifacts::shared()?, &direct);
+    let (first, _) = setting.started(&direct)?;
+    let refused = setting.start(&direct);
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
     // The broker sends QEMU an error. If the broker only closed the connection, QEMU would wait for
     // five seconds and report a timeout.
@@ -400,15 +462,14 @@ fn rejected_vfio_user_qemu_ends_immediately() -> Result<()> {
     wait_until("the slot is free", || {
         Ok(setting.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
     })?;
-    Bare::start(Artifacts::shared()?, &direct)?.device("barlink0")?;
+    setting.start(&direct)?.device("barlink0")?;
     Ok(())
 }
 
 /// Shows a limit of QEMU 11.1: it ends when it unplugs a vfio-user device with MSI-X
 /// (`vfio_user_msix_teardown`), with any server.
-#[test]
-fn vfio_user_device_allows_plugging_not_unplugging() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn vfio_user_device_allows_plugging_not_unplugging(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let vm = Vm::restore(&Config {
         paths: vec![setting.broker.folder().to_owned()],
         ..Config::default()
@@ -428,7 +489,7 @@ fn vfio_user_device_allows_plugging_not_unplugging() -> Result<()> {
     assert_eq!(seen, b"plugged");
     drop(vm);
     // For this reason the port that `barlink qemu-args` prints does not allow unplugging.
-    let setting = Setting::new("1M")?;
+    let setting = Setting::new(executor, "1M")?;
     let (machine, _) = setting.machine()?;
     let refused = machine.qmp("device_del", &json!({ "id": "barlink0" }));
     let error = format!("{:#}", refused.expect_err("it can be unplugged"));
@@ -438,9 +499,8 @@ fn vfio_user_device_allows_plugging_not_unplugging() -> Result<()> {
 }
 
 /// Shows a limit that `docs/transports.md` warns users of.
-#[test]
-fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn vm_outlives_its_broker_until_it_reboots(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     let region = device.bars[2].0;
     setting.broker.signal(Signal::KILL)?;
@@ -461,12 +521,11 @@ fn vm_outlives_its_broker_until_it_reboots() -> Result<()> {
 
 /// Shows a limit that `docs/transports.md` warns users of. No argument makes QEMU 11.1 refuse the
 /// migration, not even `-only-migratable`.
-#[test]
-fn migration_leaves_region_behind() -> Result<()> {
-    let (setting, other) = (Setting::new("1M")?, Setting::new("1M")?);
+fn migration_leaves_region_behind(executor: Executor) -> Result<()> {
+    let (setting, other) = (Setting::new(executor, "1M")?, Setting::new(executor, "1M")?);
     let mut config = setting.config()?;
     config.arguments.push("-only-migratable".to_owned());
-    let (mut machine, device) = started(&config)?;
+    let (mut machine, device) = setting.started(&config)?;
     enable_interrupts(&mut machine, &device)?;
     let region = device.bars[2].0;
     let window = u64::from(machine.read(region + 40)?);
@@ -489,7 +548,7 @@ fn migration_leaves_region_behind() -> Result<()> {
     config.paths.push(setting.broker.folder().to_owned());
     let incoming = ["-only-migratable", "-incoming", "defer"];
     config.arguments.extend(incoming.map(str::to_owned));
-    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let mut machine = setting.start(&config)?;
     machine.qmp("migrate-incoming", &file)?;
     wait(&machine)?;
     // The guest's memory is there. Its device is in the state after power-on: no address, no bus
@@ -506,9 +565,8 @@ fn migration_leaves_region_behind() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn stream_causes_messages_only_for_doorbells() -> Result<()> {
-    let setting = Setting::new("64M")?;
+fn stream_causes_messages_only_for_doorbells(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "64M")?;
     let config = Config {
         memory_mib: Config::default().memory_mib,
         ..setting.config()?

@@ -87,10 +87,9 @@ impl Drop for Ringing<'_, '_> {
     }
 }
 
-#[test]
-fn replacement_delivers_each_ring_once() -> Result<()> {
+pub fn replacement_delivers_each_ring_once(executor: Executor) -> Result<()> {
     const TIMES: u64 = 10;
-    let mut setting = Setting::new("1M")?;
+    let mut setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     // The register of the interrupt line is stored only in the broker: QEMU has no copy of it.
     machine.write(device.config + 0x3c, 0x5a)?;
@@ -120,14 +119,13 @@ const SENT: &str = "vfio_user_send_write";
 
 /// Shows a limit of QEMU 11.1: it ends when reading from its server fails (`vfio_user_recv_hdr`
 /// sets an error twice). Reading fails once a broker is killed that had unread bytes.
-#[test]
-fn broker_killed_with_unread_message_ends_qemu() -> Result<()> {
+pub fn broker_killed_with_unread_message_ends_qemu(executor: Executor) -> Result<()> {
     let ring = |machine: &mut Bare, device: &PciDevice| machine.write(doorbell(device), RING);
     let reset =
         |machine: &mut Bare, _: &PciDevice| machine.qmp("system_reset", &json!({})).map(drop);
     let acts: [fn(&mut Bare, &PciDevice) -> Result<()>; 2] = [ring, reset];
     for act in acts {
-        let mut setting = Setting::new("1M")?;
+        let mut setting = Setting::new(executor, "1M")?;
         let direct = Config {
             arguments: setting.broker.arguments(0)?,
             ..setting.config()?
@@ -138,7 +136,7 @@ fn broker_killed_with_unread_message_ends_qemu() -> Result<()> {
         let words = ["-trace", SENT, "-D", &file].map(str::to_owned);
         traced.arguments.extend(words);
         let sent = || -> Result<usize> { Ok(fs::read_to_string(&trace)?.matches(SENT).count()) };
-        let (mut machine, device) = started(&traced)?;
+        let (mut machine, device) = setting.started(&traced)?;
         let mut app = setting.broker.app(["recv"]);
         let mut app = App::start(app.stdout(Stdio::null()).stderr(Stdio::null()))?;
         wait_until("the host app is there", || {
@@ -162,19 +160,18 @@ fn broker_killed_with_unread_message_ends_qemu() -> Result<()> {
         assert!(error.contains("no broker"), "{error}");
         // A broker that is started now has a new region, and serves the next VM.
         broker.start_again()?;
-        let (mut next, device) = started(&direct)?;
+        let (mut next, device) = setting.started(&direct)?;
         next.write(doorbell(&device), RING)?;
         let magic = next.read(device.bars[0].0 + 0x10)?;
-        assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+        assert_eq!(magic, REGISTERS_MAGIC);
         assert_eq!(next.errors()?, "");
     }
     Ok(())
 }
 
 /// Kills a broker without a service manager, so that the connection ends with it.
-#[test]
-fn vm_survives_missing_reply_from_killed_broker() -> Result<()> {
-    let mut setting = Setting::new("1M")?;
+pub fn vm_survives_missing_reply_from_killed_broker(executor: Executor) -> Result<()> {
+    let mut setting = Setting::new(executor, "1M")?;
     let (mut machine, device) = setting.machine()?;
     setting.relay.keep(Half::Answer, WRITE);
     let start = Instant::now();
@@ -204,8 +201,7 @@ fn vm_survives_missing_reply_from_killed_broker() -> Result<()> {
 
 /// Kills a broker with a service manager. The connection stays open, and only the unanswered
 /// message can be lost.
-#[test]
-fn unanswered_message_delays_qemu_five_seconds() -> Result<()> {
+pub fn unanswered_message_delays_qemu_five_seconds(_: Executor) -> Result<()> {
     let exchanges = [
         (Half::Message, WRITE),
         (Half::Answer, WRITE),
@@ -251,8 +247,7 @@ fn kill_within_a_reset(half: Half, command: u16) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn lost_interrupt_setup_works_when_repeated() -> Result<()> {
+pub fn lost_interrupt_setup_works_when_repeated(_: Executor) -> Result<()> {
     let mut setting = Setting::managed()?;
     let (mut machine, device) = setting.machine()?;
     setting.relay.keep(Half::Message, SET_IRQS);
@@ -283,15 +278,14 @@ fn lost_interrupt_setup_works_when_repeated() -> Result<()> {
 
 /// Stops a broker in good order. QEMU then reads the end of its connection and not an error,
 /// because the broker has left no bytes unread.
-#[test]
-fn vm_survives_broker_stopped_amid_rings() -> Result<()> {
+pub fn vm_survives_broker_stopped_amid_rings(executor: Executor) -> Result<()> {
     for _ in 0..2 {
-        let setting = Setting::new("1M")?;
+        let setting = Setting::new(executor, "1M")?;
         let direct = Config {
             arguments: setting.broker.arguments(0)?,
             ..setting.config()?
         };
-        let (mut machine, device) = started(&direct)?;
+        let (mut machine, device) = setting.started(&direct)?;
         let rings = Rung::default();
         thread::scope(|scope| {
             let ringing = Ringing::start(scope, &mut machine, &device, &rings);
@@ -335,14 +329,13 @@ fn ring_stopped_broker(setting: &Setting, machine: &mut Bare, device: &PciDevice
 
 /// Shows a limit of QEMU 11.1: an answer that comes after its timeout is no longer expected. QEMU
 /// reads the answer's first half, takes the second half for a message, and reads no more.
-#[test]
-fn late_answer_of_stopped_broker_ends_connection() -> Result<()> {
-    let setting = Setting::new("1M")?;
+pub fn late_answer_of_stopped_broker_ends_connection(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let direct = Config {
         arguments: setting.broker.arguments(0)?,
         ..setting.config()?
     };
-    let (mut machine, device) = started(&direct)?;
+    let (mut machine, device) = setting.started(&direct)?;
     ring_stopped_broker(&setting, &mut machine, &device)?;
     // The VM runs on with its memory, and without registers and rings. The broker learns of the end
     // by its answer to the first of these, for which QEMU waits once more.
@@ -362,16 +355,15 @@ fn late_answer_of_stopped_broker_ends_connection() -> Result<()> {
     assert_eq!(machine.read(region + 4096)?, 0x600d_600d);
     drop(machine);
     // The broker serves the next VM.
-    let (mut next, device) = started(&direct)?;
+    let (mut next, device) = setting.started(&direct)?;
     let magic = next.read(device.bars[0].0 + 0x10)?;
-    assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+    assert_eq!(magic, REGISTERS_MAGIC);
     Ok(())
 }
 
 /// Shows the cure that `docs/transports.md` names.
-#[test]
-fn longer_timeout_survives_stopped_broker() -> Result<()> {
-    let setting = Setting::new("1M")?;
+pub fn longer_timeout_survives_stopped_broker(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let mut patient = Config {
         arguments: setting.broker.arguments(0)?,
         ..setting.config()?
@@ -380,12 +372,12 @@ fn longer_timeout_survives_stopped_broker() -> Result<()> {
     let device = words.find(|word| word.contains("vfio-user-pci"));
     let device = device.context("no device")?;
     *device = device.replacen('{', "{\"x-msg-timeout\":60000,", 1);
-    let (mut machine, device) = started(&patient)?;
+    let (mut machine, device) = setting.started(&patient)?;
     setting.tap.rings(HOST, VECTOR)?;
     ring_stopped_broker(&setting, &mut machine, &device)?;
     for _ in 0..5 {
         let magic = machine.read(device.bars[0].0 + 0x10)?;
-        assert_eq!(magic, u32::from_le_bytes(*b"barl"));
+        assert_eq!(magic, REGISTERS_MAGIC);
         machine.write(doorbell(&device), RING)?;
     }
     assert_eq!(setting.tap.rings(HOST, VECTOR)?, 6);

@@ -4,7 +4,9 @@
 //! resets it, and uses its queues (VirtIO 1.3, 4.1.4).
 
 use anyhow::{Context, Result, ensure};
+use barlink_protocol::wire::virtio::MAGIC;
 use barlink_vm::{Bare, PciDevice};
+use barlink_vm_tests::wait_until;
 
 /// Types of virtio's PCI capabilities (`VIRTIO_PCI_CAP_`).
 const COMMON: u32 = 1;
@@ -104,6 +106,18 @@ impl Driver {
             notify_step: step.into(),
             available: [0; 2],
             device,
+        })
+    }
+
+    /// Returns the first word of the region's window: [`MAGIC`] while the region is mapped, else 0.
+    pub fn first_word(&self, machine: &mut Bare) -> Result<u32> {
+        machine.read(self.region.address)
+    }
+
+    /// Waits until the region is in the guest's window.
+    pub fn wait_until_mapped(&self, machine: &mut Bare) -> Result<()> {
+        wait_until("the region is mapped", || {
+            Ok(self.first_word(machine)? == MAGIC)
         })
     }
 

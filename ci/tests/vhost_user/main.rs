@@ -1,23 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The device over vhost-user on stock QEMU, without a guest: the test's own driver shows how QEMU
-//! presents the device, and the events that end QEMU.
+//! The device over vhost-user on stock QEMU, without a kernel: the test's own driver shows how QEMU
+//! presents the device, and the events that end QEMU. QEMU itself executes the driver's accesses,
+//! or the bare guest under KVM.
 
 mod driver;
+#[path = "../executors.rs"]
+mod executors;
+
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
+use barlink_protocol::wire::virtio::MAGIC;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, Config, FREE_PORT, Vm};
+use barlink_vm::{Bare, Config, Executor, FREE_PORT, Vm};
 use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
 use serde_json::json;
 
 use self::driver::Driver;
+use self::executors::{EACH, QTEST, Test};
+
+const TESTS: &[Test] = &[
+    test!(EACH, region_appears_after_each_driver_start),
+    test!(EACH, queues_carry_doorbells_and_interrupts),
+    test!(QTEST, broker_sees_machine_reset_but_no_pause),
+    test!(EACH, rejected_vhost_user_qemu_ends_immediately),
+    test!(EACH, vm_outlives_broker_until_device_access),
+    test!(EACH, vm_without_driver_ends_with_broker),
+    test!(EACH, qemu_without_shared_memory_has_no_region),
+    test!(EACH, broker_rejects_plain_file_as_memory),
+    test!(EACH, qemu_rejects_iommu_platform_option),
+    test!(EACH, qemu_refuses_to_migrate),
+    test!(QTEST, device_reset_during_mapping_ends_qemu),
+    test!(QTEST, vhost_user_device_plugs_in_and_out),
+];
+
+fn main() -> ExitCode {
+    executors::run("vhost_user", TESTS)
+}
 
 /// A broker with slot 0 over vhost-user and slot 1 over ivshmem, from which the test takes its tap.
 struct Setting {
+    executor: Executor,
     broker: Broker,
     tap: Tap,
 }
@@ -25,15 +52,17 @@ struct Setting {
 /// The host's ID as a peer.
 const HOST: u32 = 2;
 const VECTORS: u32 = 5;
-/// The region's first word.
-const MAGIC: u32 = u32::from_le_bytes(*b"barl");
 
 impl Setting {
-    fn new(size: &str) -> Result<Self> {
+    fn new(executor: Executor, size: &str) -> Result<Self> {
         let slots = [Transport::VhostUser, Transport::Ivshmem];
         let broker = Broker::start_over(Artifacts::shared()?, &slots, &["--size", size])?;
         let tap = Tap::before_the_vm(&broker, 1, HOST, VECTORS)?;
-        Ok(Self { broker, tap })
+        Ok(Self {
+            executor,
+            broker,
+            tap,
+        })
     }
 
     fn config(&self) -> Result<Config> {
@@ -46,8 +75,12 @@ impl Setting {
         })
     }
 
+    fn start(&self, config: &Config) -> Result<Bare> {
+        Bare::start_by(self.executor, Artifacts::shared()?, config)
+    }
+
     fn machine(&self) -> Result<(Bare, Driver)> {
-        let mut machine = Bare::start(Artifacts::shared()?, &self.config()?)?;
+        let mut machine = self.start(&self.config()?)?;
         let device = machine.device("barlink0")?;
         let driver = Driver::find(&mut machine, device)?;
         Ok((machine, driver))
@@ -76,16 +109,8 @@ fn pass_broker(machine: &mut Bare, driver: &Driver) -> Result<()> {
     pass_main_loop(machine)
 }
 
-/// Waits until the region is in the guest's window.
-fn mapped(machine: &mut Bare, driver: &Driver) -> Result<()> {
-    wait_until("the region is mapped", || {
-        Ok(machine.read(driver.region.address)? == MAGIC)
-    })
-}
-
-#[test]
-fn region_appears_after_each_driver_start() -> Result<()> {
-    let setting = Setting::new("64M")?;
+fn region_appears_after_each_driver_start(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "64M")?;
     let (mut machine, mut driver) = setting.machine()?;
     assert_eq!(machine.read(driver.device.config)?, 0x1046_1af4);
     assert_eq!((driver.region_id, driver.region.length), (0, 64 << 20));
@@ -102,28 +127,27 @@ fn region_appears_after_each_driver_start() -> Result<()> {
         // If the broker's request to map the region came even later, QEMU would report that it
         // overlaps with the second request.
         pass_broker(&mut machine, &driver)?;
-        assert_eq!(machine.read(driver.region.address)?, 0, "too early");
+        assert_eq!(driver.first_word(&mut machine)?, 0, "too early");
         driver.start(&mut machine)?;
-        mapped(&mut machine, &driver)?;
+        driver.wait_until_mapped(&mut machine)?;
         // The superblock holds the offset of the raw window at byte 40.
         let window = u64::from(machine.read(driver.region.address + 40)?);
         machine.write(driver.region.address + window, 0x1234_0000 + round)?;
         let seen = setting.broker.run(["peek", "--raw", "--length", "4"])?;
         assert_eq!(seen, (0x1234_0000 + round).to_le_bytes());
         driver.reset(&mut machine)?;
-        assert_eq!(machine.read(driver.region.address)?, 0, "mapped still");
+        assert_eq!(driver.first_word(&mut machine)?, 0, "mapped still");
     }
     assert_eq!(machine.errors()?, "");
     Ok(())
 }
 
-#[test]
-fn queues_carry_doorbells_and_interrupts() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn queues_carry_doorbells_and_interrupts(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
-    mapped(&mut machine, &driver)?;
+    driver.wait_until_mapped(&mut machine)?;
     setting.tap.all_rings()?;
     for (count, (peer, vector)) in (1..).zip([(HOST, 3), (1, 2), (HOST, 0)]) {
         driver.put(&mut machine, 0, peer << 16 | vector, false)?;
@@ -148,13 +172,12 @@ fn queues_carry_doorbells_and_interrupts() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn broker_sees_machine_reset_but_no_pause() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn broker_sees_machine_reset_but_no_pause(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
-    mapped(&mut machine, &driver)?;
+    driver.wait_until_mapped(&mut machine)?;
     let before = setting.connection()?;
     // Before the first doorbell the broker cannot tell a pause from a reset, and requests the
     // mapping again. QEMU refuses the request with an error message, and goes on.
@@ -163,7 +186,7 @@ fn broker_sees_machine_reset_but_no_pause() -> Result<()> {
         // QEMU answers once the broker has stopped its queues.
         machine.qmp("stop", &json!({}))?;
         pass_main_loop(&machine)?;
-        assert_eq!(machine.read(driver.region.address)?, MAGIC, "unmapped");
+        assert_eq!(driver.first_word(&mut machine)?, MAGIC, "unmapped");
         machine.qmp("cont", &json!({}))?;
         // The broker handles the start of its queues before their buffers.
         driver.put(&mut machine, 0, HOST << 16, false)?;
@@ -171,7 +194,7 @@ fn broker_sees_machine_reset_but_no_pause() -> Result<()> {
             Ok(driver.returned(&mut machine, 0)?.len() == count)
         })?;
         pass_main_loop(&machine)?;
-        assert_eq!(machine.read(driver.region.address)?, MAGIC);
+        assert_eq!(driver.first_word(&mut machine)?, MAGIC);
         let complaints = machine.errors()?.split_off(complaints);
         assert!(complaints.contains(complaint), "{complaints}");
         assert_eq!(complaints.is_empty(), complaint.is_empty(), "{complaints}");
@@ -182,21 +205,20 @@ fn broker_sees_machine_reset_but_no_pause() -> Result<()> {
     machine.wait_for_firmware(2)?;
     let device = machine.device("barlink0")?;
     let mut driver = Driver::find(&mut machine, device)?;
-    assert_eq!(machine.read(driver.region.address)?, 0, "mapped still");
+    assert_eq!(driver.first_word(&mut machine)?, 0, "mapped still");
     driver.prepare(&mut machine)?;
     let seen = machine.read(driver.config.address + 24)?;
     assert_eq!(u64::from(seen), before + 1);
     assert_eq!(setting.connection()?, before + 1);
     driver.start(&mut machine)?;
-    mapped(&mut machine, &driver)?;
+    driver.wait_until_mapped(&mut machine)?;
     Ok(())
 }
 
-#[test]
-fn rejected_vhost_user_qemu_ends_immediately() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn rejected_vhost_user_qemu_ends_immediately(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (first, _) = setting.machine()?;
-    let refused = Bare::start(Artifacts::shared()?, &setting.config()?);
+    let refused = setting.start(&setting.config()?);
     let error = format!("{:#}", refused.expect_err("the slot is taken"));
     assert!(error.contains("vhost_backend_init failed"), "{error}");
     ensure!(first.qmp("query-status", &json!({}))?["running"] == true);
@@ -210,13 +232,12 @@ fn rejected_vhost_user_qemu_ends_immediately() -> Result<()> {
 }
 
 /// Shows a limit that `docs/transports.md` warns users of.
-#[test]
-fn vm_outlives_broker_until_device_access() -> Result<()> {
-    let mut setting = Setting::new("1M")?;
+fn vm_outlives_broker_until_device_access(executor: Executor) -> Result<()> {
+    let mut setting = Setting::new(executor, "1M")?;
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
-    mapped(&mut machine, &driver)?;
+    driver.wait_until_mapped(&mut machine)?;
     setting.broker.kill()?;
     pass_main_loop(&machine)?;
     let region = driver.region.address;
@@ -239,10 +260,9 @@ fn vm_outlives_broker_until_device_access() -> Result<()> {
 
 /// Shows a limit that `docs/transports.md` warns users of. QEMU removes eventfds that it has not
 /// added, and fails an assertion.
-#[test]
-fn vm_without_driver_ends_with_broker() -> Result<()> {
+fn vm_without_driver_ends_with_broker(executor: Executor) -> Result<()> {
     for signal in [Signal::INT, Signal::KILL] {
-        let setting = Setting::new("1M")?;
+        let setting = Setting::new(executor, "1M")?;
         let (mut machine, _) = setting.machine()?;
         setting.broker.signal(signal)?;
         let status = machine.end()?;
@@ -256,14 +276,13 @@ fn vm_without_driver_ends_with_broker() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn qemu_without_shared_memory_has_no_region() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn qemu_without_shared_memory_has_no_region(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let config = Config {
         shared_memory: false,
         ..setting.config()?
     };
-    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let mut machine = setting.start(&config)?;
     let device = machine.device("barlink0")?;
     let mut driver = Driver::find(&mut machine, device)?;
     driver.prepare(&mut machine)?;
@@ -272,7 +291,7 @@ fn qemu_without_shared_memory_has_no_region() -> Result<()> {
         Ok(machine.errors()?.contains("share=on"))
     })?;
     pass_broker(&mut machine, &driver)?;
-    assert_eq!(machine.read(driver.region.address)?, 0);
+    assert_eq!(driver.first_word(&mut machine)?, 0);
     // The broker does not request the mapping either, because QEMU would then end.
     machine.qmp("query-status", &json!({}))?;
     Ok(())
@@ -280,9 +299,8 @@ fn qemu_without_shared_memory_has_no_region() -> Result<()> {
 
 /// Checks that the broker refuses a plain file. It would be killed by SIGBUS if another process
 /// shortened the file.
-#[test]
-fn broker_rejects_plain_file_as_memory() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn broker_rejects_plain_file_as_memory(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let mut config = Config {
         shared_memory: false,
         ..setting.config()?
@@ -292,7 +310,7 @@ fn broker_rejects_plain_file_as_memory() -> Result<()> {
     config.arguments.extend(["-object".to_owned(), object]);
     let words = ["-machine", "memory-backend=file"];
     config.arguments.extend(words.map(str::to_owned));
-    let mut machine = Bare::start(Artifacts::shared()?, &config)?;
+    let mut machine = setting.start(&config)?;
     let device = machine.device("barlink0")?;
     let mut driver = Driver::find(&mut machine, device)?;
     driver.prepare(&mut machine)?;
@@ -300,7 +318,7 @@ fn broker_rejects_plain_file_as_memory() -> Result<()> {
     wait_until("the reason is said", || {
         Ok(setting.broker.log()?.contains("memory-backend-memfd"))
     })?;
-    assert_eq!(machine.read(driver.region.address)?, 0);
+    assert_eq!(driver.first_word(&mut machine)?, 0);
     wait_until("QEMU complains", || {
         Ok(machine.errors()?.contains("Error starting vhost-user-base"))
     })?;
@@ -311,9 +329,8 @@ fn broker_rejects_plain_file_as_memory() -> Result<()> {
 /// Checks that QEMU refuses the device, with or without an IOMMU. By default the device bypasses
 /// the IOMMU, and its driver knows that. `ci/tests/driver` shows that it streams and rings in a
 /// guest with an IOMMU.
-#[test]
-fn qemu_rejects_iommu_platform_option() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn qemu_rejects_iommu_platform_option(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     for iommu in [false, true] {
         let mut config = Config {
             iommu,
@@ -322,7 +339,7 @@ fn qemu_rejects_iommu_platform_option() -> Result<()> {
         let mut words = config.arguments.iter_mut();
         let device = words.find(|word| word.starts_with("vhost-user-test-device-pci"));
         device.context("no device")?.push_str(",iommu_platform=on");
-        let started = Bare::start(Artifacts::shared()?, &config);
+        let started = setting.start(&config);
         let error = format!("{:#}", started.err().context("QEMU starts")?);
         let reason = "iommu_platform=true is not supported by the device";
         assert!(error.contains(reason), "{error}");
@@ -333,12 +350,11 @@ fn qemu_rejects_iommu_platform_option() -> Result<()> {
     let (mut machine, mut driver) = setting.machine()?;
     driver.prepare(&mut machine)?;
     driver.start(&mut machine)?;
-    mapped(&mut machine, &driver)
+    driver.wait_until_mapped(&mut machine)
 }
 
-#[test]
-fn qemu_refuses_to_migrate() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn qemu_refuses_to_migrate(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let (machine, _) = setting.machine()?;
     let nowhere = json!({ "uri": "exec:cat >/dev/null" });
     let refused = machine.qmp("migrate", &nowhere);
@@ -350,9 +366,8 @@ fn qemu_refuses_to_migrate() -> Result<()> {
 /// Shows a limit that `docs/transports.md` warns users of. The request to map the region is on
 /// its way when the device stops, and QEMU does not check whether the device runs
 /// (`hw/virtio/vhost-user.c`).
-#[test]
-fn device_reset_during_mapping_ends_qemu() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn device_reset_during_mapping_ends_qemu(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     // The outcome depends on microseconds. QEMU ends in more than half of the rounds.
     for _ in 0..20 {
         let (mut machine, mut driver) = setting.machine()?;
@@ -369,7 +384,7 @@ fn device_reset_during_mapping_ends_qemu() -> Result<()> {
             let (mut machine, mut driver) = setting.machine()?;
             driver.prepare(&mut machine)?;
             driver.start(&mut machine)?;
-            return mapped(&mut machine, &driver);
+            return driver.wait_until_mapped(&mut machine);
         }
     }
     panic!("QEMU lives through it now: tell the user so");
@@ -377,9 +392,8 @@ fn device_reset_during_mapping_ends_qemu() -> Result<()> {
 
 /// Shows that the device can be plugged in and out. The guest has no driver for it, and leaves it
 /// alone.
-#[test]
-fn vhost_user_device_plugs_in_and_out() -> Result<()> {
-    let setting = Setting::new("1M")?;
+fn vhost_user_device_plugs_in_and_out(executor: Executor) -> Result<()> {
+    let setting = Setting::new(executor, "1M")?;
     let socket = setting.broker.socket(0);
     let vm = Vm::restore(&Config {
         paths: vec![setting.broker.folder().to_owned()],

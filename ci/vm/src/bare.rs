@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::orders::Orders;
-use crate::qemu::{iommu, mapping, memory, program, spawn};
+use crate::qemu::{iommu, mapping, memory, option_value, processor, program, spawn};
 use crate::qmp::Qmp;
 use crate::{COMMAND_TIMEOUT, Config};
 use barlink_sandbox::builds::Artifacts;
@@ -86,12 +86,7 @@ impl Bare {
         command.args(["-object", &memory(config)]);
         command.args(["-m", &format!("{}M", config.memory_mib)]);
         command.args(iommu(config));
-        command.args(match accel {
-            // The kernel's own I/O APIC does not support interrupt remapping.
-            Accel::Kvm if config.iommu => ["-accel", "kvm,kernel-irqchip=split"],
-            Accel::Kvm => ["-accel", "kvm"],
-            Accel::Tcg => ["-accel", "tcg"],
-        });
+        command.args(processor(accel, config));
         let (qmp, qmp_end) = UnixStream::pair()?;
         let (orders, orders_end) = UnixStream::pair()?;
         for (name, number) in [("qmp", 3), ("orders", 4)] {
@@ -101,19 +96,13 @@ impl Bare {
         match executor {
             Executor::Qtest => {
                 command.args(["-qtest", "chardev:orders", "-qtest-log", "none"]);
-                // Doubles commas, because a single comma ends the value of an option.
-                let log = folder.path().join(FIRMWARE_LOG).display().to_string();
-                let log = format!("file,id=seabios,path={}", log.replace(',', ",,"));
-                command.args(["-chardev", &log]);
+                let log = option_value(&folder.path().join(FIRMWARE_LOG));
+                command.args(["-chardev", &format!("file,id=seabios,path={log}")]);
                 command.args(["-device", "isa-debugcon,iobase=0x402,chardev=seabios"]);
             }
             Executor::Guest(_) => {
                 command.args(["-serial", "chardev:orders", "-bios"]);
                 command.arg(artifacts.bare_guest());
-                command.args(match accel {
-                    Accel::Kvm => ["-cpu", "host"],
-                    Accel::Tcg => ["-cpu", "max"],
-                });
             }
         }
         command.args(&config.arguments);
@@ -176,6 +165,16 @@ impl Bare {
             );
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Resets the machine by the port of its chip set, as a guest does that reboots, and waits
+    /// until the bare guest has finished this many boots.
+    pub fn reset_by_port(&mut self, boots: usize) -> Result<()> {
+        const RESET_CONTROL: u16 = 0xcf9;
+        // Chooses a hard reset, and then begins it. The guest does not answer any more.
+        self.order(&format!("outb {RESET_CONTROL:#x} 2"))?;
+        self.begin(&format!("outb {RESET_CONTROL:#x} 6"))?;
+        self.wait_for_firmware(boots)
     }
 
     /// Executes a QMP command and returns its result.
@@ -286,7 +285,7 @@ impl Bare {
         self.finish().map(drop)
     }
 
-    /// Begins the same. [`Bare::finish`] waits for its end.
+    /// Begins the writes of [`Bare::repeat`]. [`Bare::finish`] waits for their end.
     pub fn begin_repeat(&mut self, address: u64, value: u32, times: u64) -> Result<()> {
         self.begin(&format!("repeat {address:#x} {value:#x} {times}"))
     }

@@ -216,7 +216,7 @@ impl Broker {
         self.wait_until_it_serves()
     }
 
-    /// Returns the manager whose service the broker is.
+    /// Returns the service manager that runs the broker, if there is one.
     pub fn manager(&self) -> Option<&ServiceManager> {
         self.manager.as_ref()
     }

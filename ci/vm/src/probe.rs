@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use crate::Config;
 use crate::accelerator::KVM;
 use crate::bare::written;
-use crate::qemu::{program, spawn};
+use crate::qemu::{option_value, processor, program, spawn};
 
 /// Name of the file with the results in the user's cache folder.
 const RESULTS: &str = "kvm-probes.json";
@@ -154,13 +154,11 @@ enum Outcome {
 fn boot(artifacts: &Artifacts, guest: Guest, accel: Accel, limit: Duration) -> Result<Outcome> {
     let folder = TempDir::with_prefix_in("probe-", &artifacts.logs)?;
     let log = folder.path().join("serial.log");
-    let mut command = program(artifacts, &Config::default(), folder.path(), accel)?;
+    let config = Config::default();
+    let mut command = program(artifacts, &config, folder.path(), accel)?;
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     command.args(["-machine", "q35", "-m", "256M", "-no-reboot"]);
-    command.args(match accel {
-        Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
-        Accel::Tcg => ["-accel", "tcg", "-cpu", "max"],
-    });
+    command.args(processor(accel, &config));
     match guest {
         Guest::Bare => command.arg("-bios").arg(artifacts.bare_guest()),
         Guest::Linux => {
@@ -171,8 +169,7 @@ fn boot(artifacts: &Artifacts, guest: Guest, accel: Accel, limit: Duration) -> R
             ])
         }
     };
-    // Doubles commas, because a single comma ends the value of an option.
-    let path = log.display().to_string().replace(',', ",,");
+    let path = option_value(&log);
     command.args(["-chardev", &format!("file,id=serial,path={path}")]);
     command.args(["-serial", "chardev:serial"]);
     let errors = tempfile::tempfile()?;

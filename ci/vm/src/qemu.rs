@@ -224,15 +224,8 @@ pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
     }
 }
 
-fn arguments(
-    command: &mut Command,
-    artifacts: &Artifacts,
-    config: &Config,
-    folder: &Path,
-    accel: Accel,
-) {
-    // Doubles commas, because a single comma ends the value of an option.
-    let log = folder.join(LOG).display().to_string().replace(',', ",,");
+/// Returns the arguments for an accelerator and for the processor that it shows the guest.
+pub(crate) fn processor(accel: Accel, config: &Config) -> [&'static str; 4] {
     let (accel, cpu) = match accel {
         // The kernel's own I/O APIC does not support interrupt remapping, so QEMU emulates it.
         Accel::Kvm if config.iommu => ("kvm,kernel-irqchip=split", "host"),
@@ -242,6 +235,23 @@ fn arguments(
         // twice as fast.
         Accel::Tcg => ("tcg,thread=multi", "max,-erms,-fsrm"),
     };
+    ["-accel", accel, "-cpu", cpu]
+}
+
+/// Returns a path as a part of an option's value. Its commas are doubled, because a single comma
+/// ends the part.
+pub(crate) fn option_value(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+fn arguments(
+    command: &mut Command,
+    artifacts: &Artifacts,
+    config: &Config,
+    folder: &Path,
+    accel: Accel,
+) {
+    let log = option_value(&folder.join(LOG));
     let console = if config.interactive {
         format!("socket,id={},fd={},logfile={log}", CONSOLE.0, CONSOLE.1)
     } else {
@@ -260,7 +270,7 @@ fn arguments(
             "-machine",
             &format!("{},memory-backend=ram", config.machine),
         ])
-        .args(["-accel", accel, "-cpu", cpu])
+        .args(processor(accel, config))
         .arg("-object")
         .arg(memory(config))
         .args(["-m", &format!("{}M", config.memory_mib)])

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::layout::End;
 
 use super::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
-use super::packet::PacketSocket;
+use super::packet::{PacketSocket, kind_of_file};
 use crate::error_kind::ErrorKind;
 use crate::process::Process;
 
@@ -75,6 +76,16 @@ pub enum ControlError {
     Permission {
         /// The socket.
         path: PathBuf,
+    },
+    /// The path, or a parent of it, is a file of another kind.
+    #[error(
+        "no broker at {path}: {what}; name the broker's control socket, or start one with another path"
+    )]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+        /// The file that is there.
+        what: String,
     },
     /// The socket belongs to another program.
     #[error("{path} is not the control socket of a broker: {why}")]
@@ -162,7 +173,8 @@ impl ControlError {
         match self {
             ControlError::NoBroker { .. }
             | ControlError::NoBrokerOfName { .. }
-            | ControlError::NoBrokerToReplace { .. } => ErrorKind::NotFound,
+            | ControlError::NoBrokerToReplace { .. }
+            | ControlError::NotASocket { .. } => ErrorKind::NotFound,
             ControlError::Permission { .. } => ErrorKind::PermissionDenied,
             ControlError::NotABroker { .. } => ErrorKind::Incompatible,
             ControlError::NoAnswer { .. }
@@ -174,6 +186,29 @@ impl ControlError {
             ControlError::Refused(refusal) => refusal.kind(),
         }
     }
+}
+
+/// Says what a path names instead of a socket; `None` for a socket, also one that a link names, and
+/// for no file. The kernel reports such a file as a socket without a process.
+fn other_than_socket(path: &Path) -> Option<String> {
+    for (number, file) in path.ancestors().enumerate() {
+        let kind = match file.symlink_metadata() {
+            // A parent is a file.
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => continue,
+            found => found.ok()?.file_type(),
+        };
+        let target = file.metadata().ok()?.file_type();
+        let what = match kind.is_symlink() {
+            true => format!("a symbolic link to {}", kind_of_file(target)),
+            false => kind_of_file(kind).to_owned(),
+        };
+        return match number {
+            0 if target.is_socket() => None,
+            0 => Some(format!("that is {what}")),
+            _ => Some(format!("{} is {what}", file.display())),
+        };
+    }
+    None
 }
 
 /// A connection to a broker. It carries one request at a time, so threads wait for each other.
@@ -220,14 +255,15 @@ impl Connection {
         }
     }
 
-    /// Notes that the answer to a request will come late. A claim of which the caller does not
-    /// learn is returned.
+    /// Notes that the answer to a request will come late. If the request is a claim, releases it,
+    /// because the caller will not learn that it was granted.
     fn expect_late(&mut self, request: &Packet) {
         self.late += 1;
         let Some((channel, end)) = request.claims else {
             return;
         };
-        // The broker refuses an end that is held, and would take a release for that of its holder.
+        // The broker refuses to claim an end that this connection holds. A release would then end
+        // the claim that is in use.
         if self.held.contains(&(channel, end)) {
             return;
         }
@@ -298,7 +334,10 @@ impl Control {
                     rustix::io::Errno::NOENT
                     | rustix::io::Errno::CONNREFUSED
                     | rustix::io::Errno::NOTDIR,
-                ) => ControlError::NoBroker { path },
+                ) => match other_than_socket(&path) {
+                    Some(what) => ControlError::NotASocket { path, what },
+                    None => ControlError::NoBroker { path },
+                },
                 Some(rustix::io::Errno::ACCESS | rustix::io::Errno::PERM) => {
                     ControlError::Permission { path }
                 }
@@ -327,9 +366,9 @@ impl Control {
     }
 
     /// Sends a request, and waits for the answer and its descriptors. If the answer does not come
-    /// in time, the next request waits for it first; a claim is returned meanwhile, because the
-    /// caller does not know of it. After an invalid answer, or if no end is held, the connection
-    /// takes no more requests.
+    /// in time, the next request waits for it first. A claim whose answer is late is released,
+    /// because the caller does not know whether it was granted. After an invalid answer, or if no
+    /// end is held, the connection takes no more requests.
     pub fn ask(&self, ask: Ask) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
         self.ask_until(ask, None)
     }
@@ -371,13 +410,14 @@ impl Control {
             }
         }
         connection.answered = true;
-        // A refused release was of an end that was not held.
+        // The broker refuses a release only of an end that is not held.
         if !matches!(outcome, Err(ControlError::Refused(_))) {
             connection.held.retain(|end| Some(*end) != releases);
         }
         match &outcome {
             Ok((Answer::Claimed, _)) => connection.held.extend(request.claims),
-            // A connection that the broker closed needs no further care.
+            // After these outcomes, the connection can be used further, or the broker has closed
+            // it.
             Ok(_)
             | Err(
                 ControlError::Refused(_)
@@ -413,7 +453,7 @@ impl Control {
     }
 
     /// Returns the error for a broker that has answered before, and then closed the connection. A
-    /// process that returns an end does not wait to learn whether the broker lives.
+    /// process that releases an end does not wait to learn whether the broker lives.
     fn disconnected(&self, releases: bool) -> ControlError {
         let path = self.path.clone();
         let lives = || {
@@ -421,7 +461,14 @@ impl Control {
             let control = Self::connect_until(&path, deadline)?;
             control.ask_until(Ask::Status, Some(deadline))
         };
-        match !releases && lives().is_ok() {
+        // A broker that refuses this process lives as well.
+        let lives = || {
+            matches!(
+                lives(),
+                Ok(_) | Err(ControlError::Refused(_) | ControlError::Rejected { .. })
+            )
+        };
+        match !releases && lives() {
             true => ControlError::Closed { path },
             false => ControlError::Ended { path },
         }
@@ -434,7 +481,7 @@ impl Control {
         request: &Packet,
         deadline: Instant,
     ) -> Result<(Answer, Vec<OwnedFd>), ControlError> {
-        // A process that returns an end does not wait for answers that it does not need.
+        // A process that releases an end does not wait for answers that it does not need.
         let is_late = request.releases.is_some() && connection.late > 0;
         let deadline = if is_late { Instant::now() } else { deadline };
         while connection.late > 0 {

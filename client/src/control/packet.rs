@@ -2,8 +2,10 @@
 
 //! Packets with descriptors, over a connected `SOCK_SEQPACKET` socket.
 
+use std::fs::FileType;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,21 @@ use crate::descriptors;
 
 /// Most descriptors in one packet; the kernel's own limit is 253 (`SCM_MAX_FD`).
 pub const MAX_PACKET_DESCRIPTORS: usize = 128;
+
+/// The kind of a folder, as [`kind_of_file`] names it.
+pub const FOLDER: &str = "a folder";
+
+/// Names the kind of a file, for an error of a path that should be a socket.
+pub fn kind_of_file(kind: FileType) -> &'static str {
+    match () {
+        () if kind.is_dir() => FOLDER,
+        () if kind.is_file() => "a regular file",
+        () if kind.is_symlink() => "a symbolic link",
+        () if kind.is_socket() => "a socket",
+        () if kind.is_fifo() => "a pipe",
+        () => "a device",
+    }
+}
 
 /// One end of a control connection.
 #[derive(Debug)]
@@ -113,8 +130,8 @@ impl PacketSocket {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 
-    /// Ends the connection for the other side's receiving. What it sends can still be received, and
-    /// so can its end.
+    /// Tells the other side that no more packets follow. This side still receives the packets of
+    /// the other one, and the end of the connection.
     pub fn stop_sending(&self) {
         // A failure means that the connection has ended already.
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
@@ -178,6 +195,12 @@ impl PacketSocket {
                 self.retry(PollFlags::IN, deadline, || receive(RecvFlags::DONTWAIT))?
             }
         };
+        // The kernel drops the descriptors that this process has no numbers for.
+        if received.lost_descriptors && descriptors.len() < MAX_PACKET_DESCRIPTORS {
+            return Err(io::Error::other(
+                "this process cannot open the descriptors that came: raise its limit (ulimit -n)",
+            ));
+        }
         if received.lost_bytes || received.lost_descriptors {
             return Err(io::Error::other(
                 "packet is larger than any that a broker sends",

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
+use crate::event_error::EventError;
 use crate::guest::interface::Interface;
 use crate::memory::RingRegion;
 
@@ -55,7 +56,7 @@ struct Course {
 }
 
 impl Course {
-    /// Returns what is to be done at the time `now`, if there is no answer.
+    /// Returns the next step at the time `now`, if there is no answer.
     fn step(&mut self, now: Duration) -> Step {
         let Some(first) = self.first else {
             self.first = Some(now);
@@ -74,7 +75,7 @@ impl Course {
     }
 }
 
-/// The means to ask, which a device and its ends share.
+/// Asks whether the broker is alive. A device and its ends share this value.
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
     interface: Interface,
@@ -102,7 +103,7 @@ impl Unanswered {
 }
 
 impl Asker {
-    /// Creates the means to ask by an interface that is open for writing, for the device of a slot.
+    /// Creates an asker for the device of a slot. The interface must be open for writing.
     pub(crate) fn new(
         interface: Interface,
         region: RingRegion,
@@ -145,6 +146,12 @@ impl Asker {
         Ok(answer.wrapping_sub(question) < 1 << 63)
     }
 
+    /// Returns whether the device has lost its region, which then has no answers.
+    pub(crate) fn has_lost_region(&self) -> bool {
+        let checked = self.interface.check(&self.region);
+        checked.is_err_and(|error| matches!(error, EventError::Lost))
+    }
+
     /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
     pub(crate) fn wait_for_answer(&self) -> Result<bool, Errno> {
         let start = Instant::now();
@@ -156,6 +163,9 @@ impl Asker {
             {
                 self.unanswered.set(false);
                 return Ok(true);
+            }
+            if self.has_lost_region() {
+                return Ok(false);
             }
             match course.step(start.elapsed()) {
                 Step::Ask => question = Some(self.ask()?),
@@ -238,8 +248,8 @@ impl SleepQuestions {
         });
     }
 
-    /// Does what is to be done now within a sleep. Returns the time until the next such call,
-    /// `None` if there is nothing more to do in this wait.
+    /// Does the next step of the questions within a sleep. Returns the time until the next such
+    /// call, `None` if there is nothing more to do in this wait.
     pub(crate) fn step(&mut self, now: Instant) -> Option<Duration> {
         if self.is_done {
             return None;

@@ -50,6 +50,14 @@ pub enum Cache {
 
 impl Cache {
     /// All requests, in the order in which programs list them.
+    ///
+    /// ```
+    /// use barlink::guest::Cache;
+    ///
+    /// for cache in Cache::ALL {
+    ///     println!("--cache {cache}");
+    /// }
+    /// ```
     pub const ALL: &'static [Cache] = &[
         Cache::Same,
         Cache::Noncached,
@@ -221,7 +229,7 @@ fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
         region.copy_out((part * PART) as u64, &mut bytes[..length]);
         black_box(&mut bytes);
         best = best.min(before.elapsed());
-        // The whole window is read once, however long this process did not run.
+        // The whole window is read at least once, even if this process did not run for a while.
         if count >= parts && start.elapsed() >= TIME {
             break;
         }

@@ -11,6 +11,7 @@ use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use crate::claim::{Held, NoConsumer, NotHere};
 use crate::doorbell::Doorbells;
 use crate::error::Error;
+use crate::event_error::EventError;
 use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
@@ -25,7 +26,7 @@ use crate::memory::{Access, Mapping, RingRegion};
 use crate::options::{ChannelOptions, Side, find, sealed};
 use crate::receiver::Receiver;
 use crate::region::Region;
-use crate::removal::Removal;
+use crate::removal::{self, Removal};
 use crate::sender::Sender;
 use crate::tap::Tap;
 
@@ -54,7 +55,7 @@ pub struct Device {
     slot: u32,
     layouts: Layouts,
     choice: Option<Choice>,
-    /// The means to ask for the broker, if the device is open for writing.
+    /// Asks whether the broker is alive, if the device is open for writing.
     asker: Option<Asker>,
 }
 
@@ -237,8 +238,10 @@ impl Device {
     /// # Errors
     ///
     /// The region's channel table has an entry that the driver does not take
-    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone.
+    /// ([`ErrorKind::Corrupt`](crate::ErrorKind::Corrupt)), or the device is gone or has lost its
+    /// region.
     pub fn refresh(&self) -> Result<&Layout, Error> {
+        self.check()?;
         let forged = !self.interface.refresh()?;
         let newer = self.interface.layout()?;
         let path = self.path.clone();
@@ -268,8 +271,39 @@ impl Device {
         Region::new(self.ring_region(), self.mapping.writable())
     }
 
-    /// Waits until the device is gone, unbound or unplugged. Then its mappings have lost their
-    /// memory, and an access to them is SIGBUS.
+    /// Checks that the device is there and has its region. A VM that is taken back to a snapshot
+    /// loses it: what is read from there is then mostly zeros, and what is written is lost. An end
+    /// of a channel checks this by itself, at the latest ten seconds after. A program that uses
+    /// [`Device::region`] checks after it has read, and before it relies on what it has written.
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// let mut sample = [0; 64];
+    /// let window = device.layout().raw_offset;
+    /// device.region().copy_out(window, &mut sample)?;
+    /// device.check()?;
+    /// println!("{sample:?}");
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The device is gone, or has lost its region ([`ErrorKind::Gone`](crate::ErrorKind::Gone)).
+    pub fn check(&self) -> Result<(), Error> {
+        self.interface
+            .check(&self.mapping.region())
+            .map_err(|error| match error {
+                EventError::Lost => {
+                    let path = self.path.clone();
+                    DeviceError::Lost { path }.into()
+                }
+                error => error.into(),
+            })
+    }
+
+    /// Waits until the device is gone, unbound or unplugged, or has lost its region, for which it
+    /// looks every ten seconds. When the device is gone, its mappings have lost their memory, and
+    /// an access to them is SIGBUS.
     ///
     /// ```no_run
     /// use barlink::{Kind, guest};
@@ -293,7 +327,8 @@ impl Device {
     /// `poll(2)` failed.
     pub fn wait_until_gone(&self) -> Result<(), Error> {
         loop {
-            match self.interface.wait_until_gone(None) {
+            match self.interface.wait_until_gone(Some(removal::LOOK)) {
+                Ok(false) if removal::is_lost(&self.mapping.region()) => return Ok(()),
                 Ok(false) => (),
                 Ok(true) => return Ok(()),
                 Err(error) => return Err(system("wait for", &self.path, error).into()),
@@ -417,10 +452,10 @@ impl Device {
 
 impl AsFd for Device {
     /// Returns the descriptor of the device's file, for a program that waits for several things.
-    /// `POLLERR` says that the device is gone, as [`Device::wait_until_gone`] does. Without its
-    /// driver this does not end a `poll` that has begun, so use a timeout.
-    /// They come without being requested, so the program requests no events. `POLLIN` says nothing:
-    /// each end of a channel has a file of its own.
+    /// `POLLERR` says that the device is gone, as [`Device::wait_until_gone`] does. It comes
+    /// without being requested, so the program requests no events. Without its driver this does not
+    /// end a `poll` that has begun, so use a timeout. `POLLIN` says nothing: each end of a channel
+    /// has a file of its own.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -462,7 +497,7 @@ impl sealed::Side for Device {
         let known = find(self.layouts.latest(), name);
         known.or_else(|unknown| match self.refresh() {
             Err(Error::Device(DeviceError::Table { path })) => {
-                // The entries before the one that was not taken are there.
+                // The driver has taken the entries before the invalid one.
                 let table = Error::Device(DeviceError::Table { path });
                 find(self.layouts.latest(), name).map_err(|_| table)
             }
@@ -514,7 +549,8 @@ impl Side for Device {
             vector: channel.vector,
         };
         let questions = self.asker.clone().map(SleepQuestions::new);
-        let events = DeviceEvents::new(claimed, doorbell, questions)?;
+        let region = self.mapping.region();
+        let events = DeviceEvents::new(claimed, region, doorbell, questions)?;
         Ok((index, events.into()))
     }
 }

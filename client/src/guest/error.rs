@@ -9,6 +9,7 @@ use barlink_protocol::wire::layout::{LayoutError, PAGE_SIZE};
 use barlink_protocol::wire::uapi;
 
 use crate::error_kind::ErrorKind;
+use crate::event_error::LOST;
 use crate::guest::cache::Cache;
 use crate::guest::sysfs::error::SysfsError;
 use crate::memory::Access;
@@ -119,6 +120,12 @@ pub enum DeviceError {
         /// The driver's version.
         found: u32,
     },
+    /// The device has lost its region, as in a VM that was taken back to a snapshot.
+    #[error("{path} has lost its region{LOST}")]
+    Lost {
+        /// The path.
+        path: PathBuf,
+    },
     /// The region's layout is not valid.
     #[error("the region of {path} cannot be used")]
     Layout {
@@ -201,7 +208,7 @@ impl DeviceError {
             DeviceError::NoDevice { .. }
             | DeviceError::NoName { .. }
             | DeviceError::NotADevice { .. } => ErrorKind::NotFound,
-            DeviceError::Replaced { .. } => ErrorKind::Gone,
+            DeviceError::Replaced { .. } | DeviceError::Lost { .. } => ErrorKind::Gone,
             DeviceError::Table { .. } => ErrorKind::Corrupt,
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
             DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,

@@ -18,8 +18,9 @@ use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
 use crate::guest::interface::EndInterface;
 use crate::guest::sysfs;
+use crate::memory::RingRegion;
 use crate::removal::{self, Removable};
-use crate::timer::Timer;
+use crate::timer::{Timer, monotonic};
 
 /// Longest sleep of an end without a driver. The link makes each sleep of a wait twice as long as
 /// the one before.
@@ -39,8 +40,11 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
 #[derive(Debug)]
 pub struct DeviceEvents {
     source: Source,
+    region: RingRegion,
+    /// Time of the next look whether the device still has its region.
+    next_look: Duration,
     other: uapi::Doorbell,
-    questions: Option<SleepQuestions>,
+    questions: Option<Box<SleepQuestions>>,
 }
 
 #[derive(Debug)]
@@ -58,10 +62,11 @@ enum Source {
 }
 
 impl DeviceEvents {
-    /// Waits by the interface that holds the claim. `other` rings the other end, and `questions`
-    /// asks for the broker.
+    /// Waits by the interface that holds the claim. `region` is the device's, `other` rings the
+    /// other end, and `questions` asks for the broker.
     pub(crate) fn new(
         end: EndInterface,
+        region: RingRegion,
         other: uapi::Doorbell,
         questions: Option<SleepQuestions>,
     ) -> Result<Self, EventError> {
@@ -79,8 +84,10 @@ impl DeviceEvents {
         };
         Ok(DeviceEvents {
             source,
+            region,
+            next_look: monotonic() + removal::LOOK,
             other,
-            questions,
+            questions: questions.map(Box::new),
         })
     }
 
@@ -130,6 +137,26 @@ impl DeviceEvents {
         self.is_gone()
     }
 
+    /// Returns an error if the device is gone or has lost its region.
+    pub(crate) fn check(&self) -> Result<(), EventError> {
+        removal::check(self.is_gone(), &self.region)
+    }
+
+    /// Does the same if it was last done [`removal::LOOK`] ago.
+    #[inline(always)]
+    pub(crate) fn check_if_due(&mut self, now: Duration) -> Result<(), EventError> {
+        match now < self.next_look {
+            true => Ok(()),
+            false => self.look(now),
+        }
+    }
+
+    #[cold]
+    fn look(&mut self, now: Duration) -> Result<(), EventError> {
+        self.next_look = now + removal::LOOK;
+        self.check()
+    }
+
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
         match &self.source {
@@ -146,6 +173,7 @@ impl DeviceEvents {
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
+        self.check_if_due(monotonic())?;
         let may_have_fired = if self.wakes() {
             self.becomes_readable_or_asks(timeout)?
         } else {
@@ -162,9 +190,7 @@ impl DeviceEvents {
             Source::Driver { file, .. } if may_have_fired => file,
             Source::Driver { .. } => return Ok(false),
             Source::Sysfs { claim, .. } => {
-                if self.is_gone() {
-                    return Err(EventError::Gone);
-                }
+                self.check()?;
                 claim.session().sweep();
                 return Ok(false);
             }
@@ -177,8 +203,8 @@ impl DeviceEvents {
         }
     }
 
-    /// Waits until the file is readable or the timeout is over, and asks for the broker if that
-    /// takes long. Returns whether it is readable.
+    /// Waits until the file is readable or the timeout is over. If that takes long, asks for the
+    /// broker, and looks whether the device still has its region. Returns whether it is readable.
     fn becomes_readable_or_asks(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
         if timeout == Some(Duration::ZERO) {
             return self.becomes_readable(timeout);
@@ -188,12 +214,14 @@ impl DeviceEvents {
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let until_step = self.ask();
-            let part = [left, until_step].into_iter().flatten().min();
+            let until_look = Some(self.next_look.saturating_sub(monotonic()));
+            let part = [left, until_step, until_look].into_iter().flatten().min();
             let is_readable = self.becomes_readable(part)?;
             self.slept(is_readable);
             if is_readable || part == left {
                 return Ok(is_readable);
             }
+            self.check_if_due(monotonic())?;
         }
     }
 
@@ -235,5 +263,64 @@ impl AsFd for DeviceEvents {
             Source::Driver { file, .. } => file.as_fd(),
             Source::Sysfs { never, .. } => never.as_fd(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use barlink_protocol::wire::layout::MAGIC;
+    use rustix::event::EventfdFlags;
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+    use crate::guest::sysfs::tests::Fake;
+    use crate::memory::{Access, Mapping};
+
+    /// A VM that goes back to a snapshot loses the region of its device, and nothing wakes an end
+    /// that sleeps. The file of an eventfd stands for the device's: it is not readable.
+    #[test]
+    fn sleeping_end_notices_lost_region() {
+        let memory = rustix::fs::memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memory, 4096).unwrap();
+        let region = Mapping::map(&memory, 4096, Access::ReadWrite)
+            .unwrap()
+            .region();
+        region.store(0, MAGIC);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let file = File::from(rustix::event::eventfd(0, flags).unwrap());
+        let other = uapi::Doorbell { peer: 0, vector: 0 };
+        let wakes = true;
+        let end = EndInterface::Driver { file, wakes };
+        let mut events = DeviceEvents::new(end, region.clone(), other, None).unwrap();
+        let soon = Duration::from_millis(50);
+        let look_soon = |events: &mut DeviceEvents| events.next_look = monotonic() + soon;
+        look_soon(&mut events);
+        assert!(!events.sleep(Some(2 * soon)).unwrap());
+        assert!(events.next_look > monotonic() + removal::LOOK / 2);
+        region.store(0, 0);
+        assert!(events.check_if_due(monotonic()).is_ok(), "not yet due");
+        look_soon(&mut events);
+        let error = events.sleep(None).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        assert!(matches!(events.check(), Err(EventError::Lost)));
+    }
+
+    /// Its epoch is lost as well, which alone would look like a driver that has the device by now.
+    #[test]
+    fn end_without_driver_notices_lost_region() {
+        let fake = Fake::new();
+        let end = EndInterface::Sysfs(fake.claim());
+        let other = uapi::Doorbell { peer: 2, vector: 1 };
+        let mut events = DeviceEvents::new(end, fake.superblock(), other, None).unwrap();
+        assert!(!events.sleep(None).unwrap());
+        fake.lose_region();
+        let error = events.sleep(None).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        assert!(events.check_if_due(monotonic()).is_ok(), "not yet due");
+        let error = events.check_if_due(events.next_look).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        // The claim leaves the memory as it is.
+        drop(events);
+        assert!(fake.is_zero());
     }
 }

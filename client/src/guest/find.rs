@@ -8,6 +8,9 @@ use barlink_protocol::wire::layout::BrokerName;
 
 use crate::guest::error::DeviceError;
 
+/// Folder of the device nodes.
+const DEVICES: &str = "/dev";
+
 /// Returns whether a program means the name of a broker and not the path of a device: a name has no
 /// `/`.
 pub(crate) fn name(device: &Path) -> Option<&str> {
@@ -20,14 +23,53 @@ pub(crate) fn find(
     name: &str,
     ask: impl Fn(&Path) -> Result<BrokerName, DeviceError>,
 ) -> Result<PathBuf, DeviceError> {
-    let answers = nodes(Path::new("/dev"))
+    let answers = nodes_in(Path::new(DEVICES))
         .into_iter()
         .map(|node| (ask(&node), node));
     choose(name, answers)
 }
 
+/// Finds the device of a name and opens it, until the device that was opened has the name: the
+/// numbers of the nodes can change between the two steps.
+pub(crate) fn open<T>(
+    tries: u32,
+    find: impl Fn() -> Result<PathBuf, DeviceError>,
+    open: impl Fn(&Path) -> Result<T, DeviceError>,
+    is_named: impl Fn(&T) -> bool,
+) -> Result<T, DeviceError> {
+    let mut number = 0;
+    loop {
+        let path = find()?;
+        number += 1;
+        let is_last = number == tries;
+        match open(&path) {
+            Ok(device) if is_named(&device) => return Ok(device),
+            Ok(_) if is_last => return Err(DeviceError::Replaced { path }),
+            Err(DeviceError::NoDevice { .. }) if !is_last => (),
+            Err(error) => return Err(error),
+            Ok(_) => (),
+        }
+    }
+}
+
+/// Lists the devices of this VM by their paths, `/dev/barlink0` and so on, in the order of their
+/// numbers. A device without its driver has no such path.
+///
+/// ```no_run
+/// use barlink::guest;
+///
+/// for node in guest::nodes() {
+///     let device = guest::open(&node)?;
+///     println!("{}: {}", node.display(), device.identity().name);
+/// }
+/// # Ok::<(), barlink::Error>(())
+/// ```
+pub fn nodes() -> Vec<PathBuf> {
+    nodes_in(Path::new(DEVICES))
+}
+
 /// Lists the device nodes in a folder, in the order of their numbers.
-fn nodes(folder: &Path) -> Vec<PathBuf> {
+fn nodes_in(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut numbers: Vec<u32> = entries
         .filter_map(|entry| {
@@ -42,8 +84,8 @@ fn nodes(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Chooses the device whose driver gave this name. If there is none, an error of a device that
-/// could have been it comes first.
+/// Chooses the device whose driver gave this name. If there is none, the error of a device that
+/// could not be asked comes first, because it could be the one.
 fn choose(
     name: &str,
     answers: impl Iterator<Item = (Result<BrokerName, DeviceError>, PathBuf)>,
@@ -53,7 +95,7 @@ fn choose(
         match answer {
             Ok(other) if other.as_str() == name => found.push(node),
             Ok(other) => others.push(other.to_string()),
-            // A device that goes meanwhile is not the one.
+            // A device that has gone since its node was listed cannot be opened anyway.
             Err(DeviceError::NoDevice { .. }) => (),
             Err(error) => failed = failed.or(Some(error)),
         }
@@ -105,8 +147,8 @@ mod tests {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
         let expected = ["barlink2", "barlink10"].map(|name| folder.path().join(name));
-        assert_eq!(nodes(folder.path()), expected);
-        assert!(nodes(Path::new("/does/not/exist")).is_empty());
+        assert_eq!(nodes_in(folder.path()), expected);
+        assert!(nodes_in(Path::new("/does/not/exist")).is_empty());
     }
 
     #[test]
@@ -117,6 +159,35 @@ mod tests {
         // The device that could not be asked may be the one.
         let error = chosen("c", &devices).unwrap_err();
         assert!(error.contains("no permission to open /1"), "{error}");
+    }
+
+    /// The numbers of the nodes change while a program looks.
+    #[test]
+    fn opens_no_device_of_another_name() {
+        const TRIES: u32 = 4;
+        let opened = |right: u32| {
+            let tries = std::cell::Cell::new(0);
+            let find = || Ok(PathBuf::from("/dev/barlink0"));
+            let open_next = |path: &Path| {
+                tries.set(tries.get() + 1);
+                let path = path.to_owned();
+                match tries.get() {
+                    1 => Err(DeviceError::NoDevice { path }),
+                    tries => Ok(tries == right),
+                }
+            };
+            let device = open(TRIES, find, open_next, |is_right| *is_right);
+            (device.map_err(|error| error.to_string()), tries.get())
+        };
+        assert_eq!(opened(2), (Ok(true), 2));
+        assert_eq!(opened(TRIES), (Ok(true), TRIES));
+        let (other, tries) = opened(TRIES + 1);
+        let error = other.unwrap_err();
+        assert!(
+            error.contains("/dev/barlink0 is another device by now"),
+            "{error}"
+        );
+        assert_eq!(tries, TRIES);
     }
 
     #[test]

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError, MAGIC};
+use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
 
+use crate::event_error::EventError;
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::region;
@@ -22,7 +23,7 @@ use crate::guest::node::{self, Node, TRIES};
 use crate::guest::sysfs::error::SysfsError;
 use crate::guest::sysfs::{self, ClaimFault, PciAddress, Session};
 use crate::memory::{Access, Mapping, RingRegion};
-use crate::removal::Removable;
+use crate::removal::{self, Removable};
 
 /// Path of the device of a VM that has one. Where it is missing, a device without a driver takes
 /// its place.
@@ -85,28 +86,18 @@ impl Interface {
             let info = Node::open(node, Access::ReadOnly)?.info()?;
             Ok(info.identity().name)
         };
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let node = match by_name::find(name, ask) {
-                Err(DeviceError::NoName { name, others }) => {
-                    return match find_without_driver(&name) {
-                        Some(address) => open_sysfs(address, cache, access),
-                        None => Err(DeviceError::NoName { name, others }),
-                    };
-                }
-                found => found?,
-            };
-            let opened = open_node(&node, cache, access);
-            let is_other = match &opened {
-                Ok(opened) => opened.identity.name.as_str() != name,
-                Err(DeviceError::NoDevice { .. }) => true,
-                Err(_) => false,
-            };
-            // The numbers of the nodes can change between the two steps.
-            if !is_other || tries == TRIES {
-                return opened;
-            }
+        let opened = by_name::open(
+            TRIES,
+            || by_name::find(name, ask),
+            |node| open_node(node, cache, access),
+            |opened| opened.identity.name.as_str() == name,
+        );
+        match opened {
+            Err(DeviceError::NoName { name, others }) => match find_without_driver(&name) {
+                Some(address) => open_sysfs(address, cache, access),
+                None => Err(DeviceError::NoName { name, others }),
+            },
+            opened => opened,
         }
     }
 
@@ -153,6 +144,12 @@ impl Interface {
     /// Waits until the device is gone, as [`Removable::wait`] does.
     pub(crate) fn wait_until_gone(&self, timeout: Option<Duration>) -> Result<bool, Errno> {
         self.removable().wait(timeout)
+    }
+
+    /// Checks that the device is there and has its region.
+    pub(crate) fn check(&self, region: &RingRegion) -> Result<(), EventError> {
+        let is_gone = self.wait_until_gone(Some(Duration::ZERO));
+        removal::check(is_gone.unwrap_or(false), region)
     }
 
     fn removable(&self) -> &dyn Removable {
@@ -274,12 +271,9 @@ fn map_node(path: &Path, cache: Cache, access: Access) -> Result<Opened, DeviceE
     let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
     let mapping = node.map(size, cache, access)?;
     // The driver's copy of the superblock outlives a region that the device has lost.
-    let found = mapping.region().load(0);
-    if found != MAGIC {
-        return Err(DeviceError::Layout {
-            path: path.to_owned(),
-            source: LayoutError::Magic { found },
-        });
+    if removal::is_lost(&mapping.region()) {
+        let path = path.to_owned();
+        return Err(DeviceError::Lost { path });
     }
     // The granted mode is known once something is mapped.
     let granted = node.info()?.granted;

@@ -36,6 +36,7 @@ pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
+pub use find::nodes;
 pub use sysfs::error::SysfsError;
 pub use watch::BrokerWatch;
 

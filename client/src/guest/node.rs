@@ -192,7 +192,7 @@ pub(crate) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError>
     )
 }
 
-/// Asks the driver for what it says of the device, and checks its version.
+/// Asks the driver for its description of the device, and checks the driver's version.
 fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
     let info = calls::info(file).map_err(|error| match error {
         Errno::NOTTY | Errno::INVAL => DeviceError::NotADevice {

@@ -49,14 +49,19 @@ impl BrokerWatch {
     ///
     /// # Errors
     ///
-    /// The device is gone, or its driver is too old for the question.
+    /// The device is gone or has lost its region, or its driver is too old for the question.
     pub fn is_answered(&self) -> Result<bool, Error> {
+        let path = || self.path.clone();
         let answered = self.asker.wait_for_answer();
-        Ok(answered.map_err(|error| DeviceError::System {
+        let answered = answered.map_err(|error| DeviceError::System {
             what: "ask for the broker of",
-            path: self.path.clone(),
+            path: path(),
             source: error.into(),
-        })?)
+        })?;
+        if !answered && self.asker.has_lost_region() {
+            return Err(DeviceError::Lost { path: path() }.into());
+        }
+        Ok(answered)
     }
 
     /// Returns whether the broker has ended in good order, and was no service. Needs no time, and

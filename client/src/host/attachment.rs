@@ -413,10 +413,10 @@ impl Attachment {
         }
     }
 
-    /// Empties a channel, whoever holds its ends. Programs that hold one get an error at their next
-    /// call ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), and hold the end until they release
-    /// it. A producer that is stopped while it fills a record can write the rest of it into the
-    /// next records.
+    /// Empties a channel, even if processes hold its ends. Programs that hold one get an error at
+    /// their next call ([`ErrorKind::Reset`](crate::ErrorKind::Reset)), and hold the end until they
+    /// release it. A producer that is stopped while it fills a record can write the rest of it into
+    /// the next records.
     ///
     /// ```no_run
     /// use barlink::host::{self, ForcedReset};

@@ -9,7 +9,7 @@ use barlink_protocol::wire::layout::End;
 use crate::control::client::{Control, ControlError};
 use crate::control::message::{Ask, Refusal};
 
-/// A claim of an end. Dropping it returns the end to the broker.
+/// A claim of an end. Dropping it releases the end at the broker.
 #[derive(Debug)]
 pub struct Claim {
     control: Arc<Control>,

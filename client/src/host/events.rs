@@ -49,7 +49,8 @@ impl Eventfds {
             other: Notifier::from(other),
             _claim: claim,
         };
-        // Earlier rings show as an edge now. They are no news, and no proof that doorbells arrive.
+        // Rings from before show as an edge now. This sleep takes them, because they do not prove
+        // that doorbells arrive at this end.
         eventfds.sleep(Some(Duration::ZERO))?;
         Ok(eventfds)
     }

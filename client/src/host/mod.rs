@@ -298,7 +298,8 @@ impl AttachOptions {
 }
 
 /// Attaches to the first of these sockets where a process listens. A folder that this user cannot
-/// enter is an error only if no process listens at another socket.
+/// enter, and a file that is no socket, is an error only if no process listens at another
+/// socket.
 fn first<T>(
     paths: &[PathBuf],
     none: impl Fn() -> ControlError,
@@ -308,7 +309,9 @@ fn first<T>(
     for path in paths {
         match attach(path) {
             Err(Error::Control(ControlError::NoBroker { .. })) => (),
-            Err(Error::Control(error @ ControlError::Permission { .. })) => {
+            Err(Error::Control(
+                error @ (ControlError::Permission { .. } | ControlError::NotASocket { .. }),
+            )) => {
                 denied = denied.or(Some(error));
             }
             attached => return attached,
@@ -342,9 +345,13 @@ mod tests {
     }
 
     #[test]
-    fn folder_without_permission_hides_no_broker() {
+    fn unusable_path_hides_no_broker() {
         let attach = |path: &Path| match path.to_str() {
             Some("/denied") => Err(ControlError::Permission { path: path.into() }.into()),
+            Some("/folder") => {
+                let (path, what) = (path.into(), "that is a folder".to_owned());
+                Err(ControlError::NotASocket { path, what }.into())
+            }
             Some("/served") => Ok(path.to_owned()),
             _ => Err(ControlError::NoBroker { path: path.into() }.into()),
         };
@@ -359,6 +366,12 @@ mod tests {
         );
         let denied = first(&["/none", "/denied", "/none"]).unwrap_err();
         assert_eq!(denied.kind(), crate::ErrorKind::PermissionDenied);
+        assert_eq!(
+            first(&["/folder", "/served"]).unwrap(),
+            Path::new("/served")
+        );
+        let folder = first(&["/none", "/folder", "/none"]).unwrap_err();
+        assert!(folder.to_string().contains("that is a folder"), "{folder}");
         let none = first(&["/none"]).unwrap_err();
         assert_eq!(none.kind(), crate::ErrorKind::NotFound);
     }

@@ -103,7 +103,7 @@ impl Receiver {
         peer: Option<PresenceWords>,
     ) -> Result<Self, Error> {
         Ok(Receiver {
-            readiness: Readiness::new(ring.events())?,
+            readiness: Readiness::new(ring.events(), ring.follows_reset())?,
             ring: Owned::new(ring),
             region,
             peer,

@@ -63,7 +63,7 @@ impl Default for OwnedRecord {
     }
 }
 
-/// What dropping a record does.
+/// Effect of dropping a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AtEnd {
     /// Release it, and all that the receiver advanced over.
@@ -135,6 +135,18 @@ impl<'a> Record<'a> {
     }
 
     /// Returns the clock of the time.
+    ///
+    /// ```no_run
+    /// use barlink::{Clock, host};
+    ///
+    /// let mut log = host::connect("default")?.receiver("log")?;
+    /// let line = log.recv()?;
+    /// // Times of different clocks cannot be compared.
+    /// if line.clock() == Clock::REALTIME {
+    ///     println!("{} s since 1970", line.time() / 1_000_000_000);
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
     pub fn clock(&self) -> Clock {
         self.receiver.header.clock
     }
@@ -273,7 +285,7 @@ impl<'a> Record<'a> {
                     .events()
                     .check_device()
                     .map_err(Error::from)?;
-                let mut buffer = AlignedBuffer::new(COPY_SIZE);
+                let mut buffer = AlignedBuffer::new(COPY_SIZE)?;
                 record.write_copy(file, self.position, buffer.bytes())?
             }
             written => written?,

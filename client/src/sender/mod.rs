@@ -94,7 +94,7 @@ impl Sender {
         peer: Option<PresenceWords>,
     ) -> Result<Self, Error> {
         Ok(Sender {
-            readiness: Readiness::new(ring.events())?,
+            readiness: Readiness::new(ring.events(), ring.follows_reset())?,
             ring: Owned::new(ring),
             region,
             peer,

@@ -125,7 +125,7 @@ impl<'a> Reservation<'a> {
             length @ ..ALIGNMENT => length,
             length => (length / ALIGNMENT * ALIGNMENT).min(256 << 10),
         };
-        let mut buffer = AlignedBuffer::new(length);
+        let mut buffer = AlignedBuffer::new(length)?;
         let length = rustix::io::read(file, buffer.bytes())?;
         self.write(&buffer.bytes()[..length])
     }

@@ -175,7 +175,8 @@ fn tap_reuses_memory_of_record() {
     }
 }
 
-/// A spinning tap finds a record within a wait that a sleeping tap ends with the sleep before.
+/// A spinning tap finds a record within a wait that a sleeping tap ends with the sleep before. On
+/// one CPU the sender cannot run while the tap spins, so the tap sleeps.
 #[test]
 fn spinning_tap_looks_without_sleep() {
     let broker = Running::start(&["loop=host-host,4K"]);
@@ -195,7 +196,9 @@ fn spinning_tap_looks_without_sleep() {
     });
     assert_eq!(tap.recv().unwrap().bytes, b"text");
     // A sleeping tap would have slept 8 times.
-    assert!(switches() - before <= 3, "{}", switches() - before);
+    let can_spin = std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    let slept = switches() - before;
+    assert_eq!(slept <= 3, can_spin, "{slept} sleeps");
     assert_eq!(sending.join().unwrap(), Sent::Committed);
     let start = Instant::now();
     let short = Duration::from_millis(20);

@@ -55,6 +55,27 @@ fn idle_descriptor_is_quiet_once_doorbells_arrive() {
     assert!(wakes <= 1, "{wakes} wakes without a record");
 }
 
+/// An end that lives on through a reset can replace the wake threshold of a new one, so that no
+/// doorbell comes. The test `idle_descriptor_is_quiet_once_doorbells_arrive` shows that the
+/// descriptor has no such timer in a channel that was never reset.
+#[test]
+fn descriptor_polls_in_channel_after_reset() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    assert_eq!(broker.attach().reset("loop").unwrap(), 1);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for _ in 0..3 {
+        while receiver.try_recv().unwrap().is_some() {}
+        sender.send(Kind::USER, b"text").unwrap();
+        assert!(is_readable(&receiver, TIMEOUT));
+    }
+    while receiver.try_recv().unwrap().is_some() {}
+    // No doorbell comes from here on.
+    for _ in 0..3 {
+        assert!(is_readable(&receiver, TIMEOUT));
+        assert!(receiver.try_recv().unwrap().is_none());
+    }
+}
+
 #[test]
 fn old_ring_wakes_no_new_end() {
     let broker = Running::start(&["loop=host-host,4K", "down=host-0,4K"]);

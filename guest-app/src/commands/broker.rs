@@ -11,10 +11,10 @@ use barlink::guest::Device;
 use barlink_cli::unread::wait_until_received;
 
 /// Text of the warning about a broker that does not answer.
-const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy or gone, and what is sent may reach nobody. \
+const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy or gone, and no program may receive what this one sends. \
                       A broker that was started anew has another region: shut this VM down and start it again";
 /// Text of the warning about a broker that has ended in good order.
-const ENDED: &str = "the broker has ended, and what is sent reaches only host apps that are still attached. A broker \
+const ENDED: &str = "the broker has ended, and only host apps that are still attached receive what this program sends. A broker \
                      that was started anew has another region: shut this VM down and start it again";
 
 /// Asks for the broker, and warns after ten seconds without an answer. A user who may only read the
@@ -31,12 +31,17 @@ pub fn check(device: &Device) {
 ///
 /// # Errors
 ///
-/// The broker is gone, and what was sent was not received (`wait_until_received`).
+/// The device has lost its region. Or the broker is gone, and no program received the records or
+/// bytes (`wait_until_received`).
 pub fn confirm(device: &Device, channel: Option<&str>) -> Result<()> {
-    let Some(fault) = fault(device) else {
+    let fault = fault(device);
+    device.check()?;
+    let Some(fault) = fault else {
         return Ok(());
     };
     wait_until_received(device.region().ring(), device.layout(), channel, fault)?;
+    // A region that is lost looks as if all was received.
+    device.check()?;
     warn(fault);
     Ok(())
 }

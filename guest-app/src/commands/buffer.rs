@@ -42,5 +42,7 @@ pub fn buffer(device: &Device, args: &args::Buffer) -> Result<()> {
         bytes.len()
     ))?;
     device.wait_until_gone()?;
+    // The device may have lost its region, and the buffer with it.
+    device.check()?;
     Err(EventError::Gone.into())
 }

@@ -9,13 +9,34 @@ mod stream;
 mod telemetry;
 
 use std::io::{Write, stderr};
+use std::path::Path;
 
 use anyhow::Result;
 use barlink::Access;
-use barlink::guest::OpenOptions;
+use barlink::guest::{self, Device, OpenOptions};
 use barlink_cli::{place, tail};
 
 use crate::args::{Cli, Command};
+
+/// The device of a command line that names none.
+const DEFAULT_DEVICE: &str = "/dev/barlink0";
+
+/// Warns that the command line names none of several devices, and says which one is used.
+fn warn_of_choice(device: &Device, count: usize) {
+    if count < 2 {
+        return;
+    }
+    let name = device.identity().name.to_string();
+    let of = match name.as_str() {
+        "" => String::new(),
+        name => format!(", that of broker `{name}`"),
+    };
+    // `eprintln` would panic where standard error is closed.
+    let _ = writeln!(
+        stderr(),
+        "barlink-guest: warning: {DEFAULT_DEVICE} is used{of}, and there are {count} devices: choose one with --device"
+    );
+}
 
 pub fn run(cli: &Cli) -> Result<()> {
     // A user who may only read the device can use these commands.
@@ -24,18 +45,21 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Recv(args) if args.stream.tap || args.stream.latest => Access::ReadOnly,
         _ => Access::ReadWrite,
     };
+    let path = cli.device.as_deref().unwrap_or(Path::new(DEFAULT_DEVICE));
     let device = OpenOptions::new()
         .cache(cli.cache.0)
         .access(access)
-        .open(&cli.device)?;
-    let is_named = cli.device.to_str() == device.path().to_str();
-    if !device.has_driver() && !is_named {
+        .open(path)?;
+    if !device.has_driver() && path != device.path() {
         let _ = writeln!(
             stderr(),
             "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
              keep out others)",
             device.path().display()
         );
+    }
+    if cli.device.is_none() && device.has_driver() {
+        warn_of_choice(&device, guest::nodes().len());
     }
     if let Some(choice) = device.choice() {
         // `eprintln` would panic where standard error is closed.
@@ -66,7 +90,10 @@ pub fn run(cli: &Cli) -> Result<()> {
             broker::confirm(&device, Some(&args.channel))
         }
         Command::Buffer(args) => buffer::buffer(&device, args),
-        Command::Peek(args) => place::peek(device.region().ring(), device.layout(), args),
+        Command::Peek(args) => {
+            place::peek(device.region().ring(), device.layout(), args)?;
+            device.check().map_err(Into::into)
+        }
         Command::Poke(args) => {
             place::poke(device.region().ring(), device.layout(), args)?;
             broker::confirm(&device, None)

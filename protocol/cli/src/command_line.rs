@@ -36,11 +36,12 @@ pub fn parse<Cli: Parser>() -> Cli {
             Some(tip) => {
                 let text = error.to_string();
                 let lines = text.lines();
-                let lines = lines.map(|line| match line.trim().starts_with("tip: to pass ") {
-                    true => &tip,
-                    false => line,
-                });
-                one_line(&lines.collect::<Vec<_>>().join("\n"))
+                let mut lines: Vec<_> = lines
+                    .filter(|line| !line.trim().starts_with("tip: to pass "))
+                    .collect();
+                // clap gives a tip only to commands that have other arguments.
+                lines.insert(1, &tip);
+                one_line(&lines.join("\n"))
             }
         };
         let _ = writeln!(

@@ -12,7 +12,7 @@ pub(crate) const MISSING: u8 = 6;
 /// Nothing moved within `--timeout`.
 pub(crate) const TIMED_OUT: u8 = 7;
 
-/// The broker is gone, and no program has received what was sent.
+/// The broker is gone, and no program has received the records or bytes.
 pub(crate) const UNREAD: u8 = 8;
 
 /// The remedy for a stream whose channel was reset.

@@ -71,6 +71,8 @@ pub struct Meter<'a> {
     json: bool,
     /// The progress as last seen.
     progress: Progress,
+    /// Whether the source has become longer while it was sent.
+    has_grown: bool,
 }
 
 impl<'a> Meter<'a> {
@@ -109,7 +111,13 @@ impl<'a> Meter<'a> {
             timeout,
             json,
             progress: Progress::default(),
+            has_grown: false,
         }
+    }
+
+    /// Returns whether the source has become longer while it was sent.
+    pub fn has_grown(&self) -> bool {
+        self.has_grown
     }
 
     /// Removes the progress bar and prints the summary to standard error.
@@ -142,6 +150,9 @@ impl<'a> Meter<'a> {
     pub fn fail(self, error: &StreamError) {
         let mut total = match error {
             StreamError::Missing(total)
+            | StreamError::Shrunk {
+                progress: total, ..
+            }
             | StreamError::BeginDropped(total)
             | StreamError::EndDropped(total)
             | StreamError::Close {
@@ -179,7 +190,7 @@ impl<'a> Meter<'a> {
     }
 
     fn print_json(&self, total: &Progress, is_whole: bool) {
-        let summary = serde_json::json!({
+        let mut summary = serde_json::json!({
             "bytes": total.bytes,
             "records": total.records,
             "dropped": total.dropped,
@@ -188,6 +199,9 @@ impl<'a> Meter<'a> {
             "in_order": !total.went_back,
             "complete": is_whole,
         });
+        if self.has_grown {
+            summary["grown"] = true.into();
+        }
         let _ = writeln!(io::stderr(), "{summary}");
     }
 }
@@ -221,6 +235,10 @@ impl Watch for Meter<'_> {
 
     fn timeout(&self) -> Option<Duration> {
         self.timeout
+    }
+
+    fn source_has_grown(&mut self) {
+        self.has_grown = true;
     }
 
     fn broker_ended(&mut self) {

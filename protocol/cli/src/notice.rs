@@ -14,6 +14,11 @@ pub(crate) fn broker_ended() {
     say("the broker has ended: attached programs go on, and no further host app can attach");
 }
 
+/// Says on standard error, once, that the newest record has no content.
+pub(crate) fn newest_is_mark() {
+    say("the newest record is a mark of a stream's begin or end: waiting for a record of data");
+}
+
 /// Says one of the texts on standard error, once.
 fn say(text: &str) {
     static SAID: Once = Once::new();
@@ -29,11 +34,22 @@ fn say(text: &str) {
     });
 }
 
-/// Says so when the connection to the broker ends. `is_alive` then tells whether a broker answers
-/// at the same socket: one that lives can have disconnected this program. A thread waits for the
-/// end, and does so without a timer. A broker's successor keeps the connection. Without a thread
-/// there is no message.
-pub fn watch_broker(connection: &impl AsFd, is_alive: impl FnOnce() -> bool + Send + 'static) {
+/// The finding at the socket of a broker after a connection to it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A broker answers there, perhaps by a refusal. One that lives can have disconnected this
+    /// program.
+    Broker,
+    /// No process listens there.
+    Nothing,
+    /// A fault that does not tell whether a broker is there.
+    Unknown,
+}
+
+/// Says so when the connection to the broker ends. `look` then tells what is at the same socket. A
+/// thread waits for the end, and does so without a timer. A broker's successor keeps the
+/// connection. Without a thread there is no message.
+pub fn watch_broker(connection: &impl AsFd, look: impl FnOnce() -> Found + Send + 'static) {
     let Ok(connection) = connection.as_fd().try_clone_to_owned() else {
         return;
     };
@@ -44,13 +60,15 @@ pub fn watch_broker(connection: &impl AsFd, is_alive: impl FnOnce() -> bool + Se
             match poll(&mut files, None) {
                 Err(Errno::INTR) => (),
                 Err(_) => return,
-                Ok(_) if is_alive() => {
-                    return say(
-                        "the broker has closed the connection: this program goes on; see the broker's log, or attach anew if it was restarted",
-                    );
-                }
-                Ok(_) => return broker_ended(),
+                Ok(_) => break,
             }
+        }
+        match look() {
+            Found::Nothing => broker_ended(),
+            Found::Broker => say(
+                "the broker has closed the connection: this program goes on; see the broker's log, or attach anew if it was restarted",
+            ),
+            Found::Unknown => say("the connection to the broker has ended: this program goes on"),
         }
     });
 }

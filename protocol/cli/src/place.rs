@@ -15,11 +15,15 @@ use pretty_hex::{HexConfig, config_hex};
 use crate::size::{parse_offset, parse_size};
 use crate::standard::{input, print, read_all};
 
+/// Bytes that `peek` copies and prints at once, in whole lines of a hex dump.
+const PART: u64 = 1 << 20;
+
 /// Arguments that select a place in the region.
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Place {
-    /// Offset in the raw window, in bytes
+    /// Offset in the raw window: bytes, a number with the unit K, M or G (powers of 1024), or 0x
+    /// and hexadecimal digits
     #[arg(long, value_name = "OFFSET", default_value = "0", value_parser = parse_offset)]
     pub at: u64,
     /// Count OFFSET from the region's start instead
@@ -31,7 +35,7 @@ pub struct Place {
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Peek {
-    /// Number of bytes
+    /// Number of bytes, or a number with the unit K, M or G (powers of 1024)
     #[arg(long, default_value = "256", value_parser = parse_size)]
     pub length: u64,
     /// Print the bytes themselves instead of a hex dump
@@ -94,19 +98,29 @@ where
 {
     let (offset, room) = args.place.find(layout, region.size())?;
     args.place.fits(args.length, room)?;
-    let mut bytes = vec![0; usize::try_from(args.length)?];
-    region.peek(offset, &mut bytes)?;
-    show(&bytes, args)
+    // The memory of this program need not hold as much as the region.
+    let mut bytes = vec![0; usize::try_from(args.length.min(PART))?];
+    let mut done = 0;
+    loop {
+        let part = usize::try_from((args.length - done).min(PART))?;
+        let part = &mut bytes[..part];
+        region.peek(offset + done, part)?;
+        show(part, args, done)?;
+        done += part.len() as u64;
+        if done == args.length {
+            return Ok(());
+        }
+    }
 }
 
-/// Prints bytes that were read from a place, as a hex dump or raw.
-pub fn show(bytes: &[u8], args: &Peek) -> Result<()> {
+/// Prints bytes that are `done` bytes behind the place of the first one, as a hex dump or raw.
+pub fn show(bytes: &[u8], args: &Peek, done: u64) -> Result<()> {
     if args.raw {
         return print(bytes);
     }
     let config = HexConfig {
         title: false,
-        display_offset: usize::try_from(args.place.at)?,
+        display_offset: usize::try_from(args.place.at + done)?,
         ..HexConfig::default()
     };
     print(format!("{}\n", config_hex(&bytes, config)))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sizes and offsets on the command line, in bytes.
+//! Sizes and offsets on the command line, in bytes, and times.
 
 use std::fmt::{Display, Formatter};
 use std::time::Duration;
@@ -50,8 +50,13 @@ impl Display for Exact {
 /// Parses an offset in bytes: a size, or a hexadecimal number with 0x.
 pub fn parse_offset(text: &str) -> Result<u64, String> {
     match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16)
-            .map_err(|error| format!("invalid offset `{text}`: {error}")),
+        Some(digits) => {
+            let is_number = digits.starts_with(|c: char| c.is_ascii_hexdigit());
+            let number = u64::from_str_radix(digits, 16).ok().filter(|_| is_number);
+            number.ok_or_else(|| {
+                format!("invalid offset `{text}`: use a number of bytes, or 4K, or 0x1000")
+            })
+        }
         None => parse_size(text),
     }
 }
@@ -133,6 +138,8 @@ mod tests {
     fn offsets_are_sizes_or_hexadecimal() {
         assert_eq!(parse_offset("4K"), Ok(4096));
         assert_eq!(parse_offset("0x1f"), Ok(31));
-        assert!(parse_offset("0xzz").is_err() && parse_offset("-1").is_err());
+        for text in ["0xzz", "0x", "0x+1", "0x-1", "0x10000000000000000", "-1"] {
+            assert!(parse_offset(text).is_err(), "{text}");
+        }
     }
 }

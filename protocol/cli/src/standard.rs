@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, OFlags, SeekFrom, fcntl_getfl, fstat, seek};
 use rustix::io::{Errno, read, write};
 use rustix::net::SocketType;
 use rustix::net::sockopt::socket_type;
@@ -30,18 +31,25 @@ impl std::error::Error for OutputClosed {}
 
 /// Returns a copy of the descriptor of standard input.
 pub fn input() -> Result<OwnedFd> {
-    let copied = copy(0, stdin());
+    let copied = copy(0, stdin(), OFlags::WRONLY, "reading");
     copied.context("cannot use standard input")
 }
 
 /// Returns a copy of the descriptor of standard output.
 pub fn output() -> Result<OwnedFd> {
-    let copied = copy(1, stdout());
+    let copied = copy(1, stdout(), OFlags::RDONLY, "writing");
     copied.context("cannot use standard output")
 }
 
-fn copy(number: u8, file: BorrowedFd<'_>) -> Result<OwnedFd> {
+/// Copies a standard descriptor. One that is open for the `other` access only is an error at once,
+/// and not when a stream first uses it.
+fn copy(number: u8, file: BorrowedFd<'_>, other: OFlags, purpose: &str) -> Result<OwnedFd> {
     ensure!(!was_closed(number), "it is closed: open it, or name a file");
+    let flags = fcntl_getfl(file)?;
+    ensure!(
+        flags & OFlags::ACCMODE != other && !flags.contains(OFlags::PATH),
+        "it is not open for {purpose}: redirect it, or name a file"
+    );
     Ok(file.try_clone_to_owned()?)
 }
 
@@ -66,9 +74,13 @@ pub fn flush_output() -> Result<()> {
 }
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
-/// disk's quota or a file server can report its error as late as this.
+/// disk's quota or a file server can report its error as late as this. A process that has no
+/// descriptor left for the copy learns of no such error.
 pub fn flush(file: impl AsFd) -> std::io::Result<()> {
-    match nix::unistd::close(file.as_fd().try_clone_to_owned()?) {
+    let Ok(copied) = file.as_fd().try_clone_to_owned() else {
+        return Ok(());
+    };
+    match nix::unistd::close(copied) {
         Err(nix::errno::Errno::EINTR) => Ok(()),
         closed => Ok(closed?),
     }
@@ -86,7 +98,8 @@ fn write_all(file: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
 }
 
 /// Reads a file to its end, but at most `limit` bytes. A socket that passes messages is an error,
-/// because an empty message looks like an end, and a long one would lose its rest.
+/// because an empty message looks like an end, and a long one would lose its rest. So is a regular
+/// file that becomes shorter meanwhile.
 pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> {
     if socket_type(&file).is_ok_and(|kind| kind != SocketType::STREAM) {
         return Err(std::io::Error::new(
@@ -94,6 +107,8 @@ pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> 
             "it is a socket that passes messages: use a pipe or a socket of type SOCK_STREAM",
         ));
     }
+    let size = file_size(&file);
+    let start = seek(&file, SeekFrom::Current(0)).unwrap_or(0);
     let mut bytes = Vec::new();
     let mut part = vec![0; 64 << 10];
     loop {
@@ -103,11 +118,33 @@ pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> 
             return Ok(bytes);
         }
         match read(&file, &mut part[..length]) {
-            Ok(0) => return Ok(bytes),
-            Ok(length) => bytes.extend_from_slice(&part[..length]),
+            Ok(0) => {
+                // The size of a file in /proc or /sys does not tell where it ends, and stays.
+                let is_shorter = file_size(&file) < size;
+                let is_cut = Some(start + bytes.len() as u64) < size;
+                return match is_shorter && is_cut {
+                    false => Ok(bytes),
+                    true => Err(std::io::Error::other(
+                        "it became shorter meanwhile: try again when no program writes to it",
+                    )),
+                };
+            }
+            Ok(length) => {
+                // The limit can be more than this machine's memory.
+                let reserved = bytes.try_reserve(length);
+                reserved.map_err(|_| std::io::Error::from(Errno::NOMEM))?;
+                bytes.extend_from_slice(&part[..length]);
+            }
             Err(error) => wait(error, &file, PollFlags::IN)?,
         }
     }
+}
+
+/// Returns the size of a regular file, as its file system tells it.
+fn file_size(file: impl AsFd) -> Option<u64> {
+    let stat = fstat(file).ok()?;
+    let is_regular = FileType::from_raw_mode(stat.st_mode).is_file();
+    u64::try_from(stat.st_size).ok().filter(|_| is_regular)
 }
 
 /// Waits until a call can be repeated that failed with this error. Returns the error if it cannot.
@@ -119,5 +156,58 @@ fn wait(error: Errno, file: &impl AsFd, flags: PollFlags) -> Result<(), Errno> {
             Err(error) => Err(error),
         },
         error => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::fs::File;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    /// A file that gets another length before one of the calls that use it.
+    struct Changing {
+        file: File,
+        calls: Cell<u32>,
+        length: u64,
+    }
+
+    impl AsFd for Changing {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.calls.set(self.calls.get() + 1);
+            // The type, the size, the position and the first part were read.
+            if self.calls.get() == 5 {
+                self.file.set_len(self.length).unwrap();
+            }
+            self.file.as_fd()
+        }
+    }
+
+    #[test]
+    fn file_that_shrinks_is_an_error() {
+        for (length, limit) in [(0, 1 << 30), (70_000, 1 << 30), (150_000, 100_000)] {
+            let file = File::from(memfd_create("input", MemfdFlags::empty()).unwrap());
+            file.set_len(200_000).unwrap();
+            let calls = Cell::new(0);
+            let file = Changing {
+                file,
+                calls,
+                length,
+            };
+            match read_all(&file, limit) {
+                // The limit is below the new end.
+                Ok(bytes) => assert_eq!((bytes.len(), length), (100_000, 150_000)),
+                Err(error) => assert!(error.to_string().contains("became shorter"), "{error}"),
+            }
+            assert!(file.calls.get() >= 5);
+        }
+        // The size of these files does not tell where they end.
+        for path in ["/proc/version", "/sys/devices/system/cpu/online"] {
+            let bytes = read_all(File::open(path).unwrap(), 1 << 30).unwrap();
+            assert_eq!(bytes, std::fs::read(path).unwrap());
+        }
     }
 }

@@ -18,6 +18,7 @@ use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
 use crate::size::{parse_size, parse_time};
 use crate::standard::{OutputClosed, input, output};
+use crate::visible;
 
 /// Default of the maximum payload of a record, in bytes. Larger records are no faster.
 const RECORD_SIZE: u64 = 1 << 20;
@@ -26,10 +27,11 @@ const RECORD_SIZE: u64 = 1 << 20;
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Send {
-    /// File to send [default: standard input]
+    /// File to send, up to the size that it has at the start [default: standard input]
     pub file: Option<PathBuf>,
-    /// Maximum size of a record in bytes, at most half of the channel's size, or a quarter if it
-    /// overwrites, less 24 bytes [default: 1M, or the channel's maximum if that is less]
+    /// Maximum size of a record: bytes, or a number with the unit K, M or G (powers of 1024). At
+    /// most half of the channel's size, or a quarter if it overwrites, less 24 bytes [default: 1M,
+    /// or the channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
     /// End if the channel has no room for a record for so long: seconds, or a number with the unit
@@ -122,12 +124,15 @@ where
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
             drop(sender);
-            match confirm() {
-                Ok(()) => meter.finish("sent", &total),
-                Err(error) => {
-                    meter.spoil(&total);
-                    return Err(error.context(format!("sending to channel `{channel}`")));
-                }
+            if let Err(error) = confirm() {
+                meter.spoil(&total);
+                return Err(error.context(format!("sending to channel `{channel}`")));
+            }
+            let has_grown = meter.has_grown() && !args.json;
+            meter.finish("sent", &total);
+            if has_grown {
+                // The error is ignored because standard error may be closed.
+                let _ = writeln!(io::stderr(), "{}", grown(args.file.as_deref(), total.bytes));
             }
             Ok(())
         }
@@ -137,6 +142,21 @@ where
             Err(error.context(format!("sending to channel `{channel}`")))
         }
     }
+}
+
+/// Returns the text about a file that has become longer.
+fn grown(file: Option<&Path>, sent: u64) -> String {
+    format!(
+        "{} has become longer since: only the {sent} bytes that it had at the start were sent",
+        name(file, "standard input")
+    )
+}
+
+/// Returns the name of a file, or that of a standard descriptor if there is none.
+fn name(file: Option<&Path>, standard: &str) -> String {
+    file.map_or(standard.to_owned(), |file| {
+        visible(&file.display().to_string())
+    })
 }
 
 /// Receives a stream, or all streams one after the other, through the receiver that `attach`
@@ -316,7 +336,6 @@ fn take_back(error: StreamError, target: &OwnedFd) -> StreamError {
 /// system, and a remedy if there is one. `option` is the one with which `recv` receives the rest of
 /// this stream.
 fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str) -> anyhow::Error {
-    let name = |standard: &str| file.map_or(standard.to_owned(), |file| file.display().to_string());
     let failure = |code, advice: &str| {
         let text = format!("{error}{advice}");
         Failure { text, code }.into()
@@ -324,6 +343,15 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str
     let (source, what) = match error {
         StreamError::Incomplete(_) => return failure(INCOMPLETE, ""),
         StreamError::Missing(_) => return failure(MISSING, ""),
+        StreamError::Shrunk { missing, .. } => {
+            let name = name(file, "standard input");
+            let text = format!(
+                "{name} became shorter while it was sent, and its last {missing} bytes are missing: send it again \
+                 when no program writes to it"
+            );
+            let code = MISSING;
+            return Failure { text, code }.into();
+        }
         StreamError::BeginDropped(_) | StreamError::EndDropped(_) => {
             return failure(
                 MISSING,
@@ -348,7 +376,7 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str
                 io::ErrorKind::IsADirectory => ": name a file",
                 _ => "",
             };
-            let what = format!("cannot read {}{cure}", name("standard input"));
+            let what = format!("cannot read {}{cure}", name(file, "standard input"));
             (source, what)
         }
         StreamError::Write { source, .. }
@@ -365,14 +393,14 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str
                 io::ErrorKind::StorageFull => "make room, and ",
                 _ => "",
             };
-            let file = name("standard output");
+            let file = name(file, "standard output");
             let what = format!(
                 "cannot write {file}: {cure}receive the rest, which is still in the channel, into another file with {option}{again}"
             );
             (source, what)
         }
         StreamError::Close { source, .. } => {
-            let file = name("standard output");
+            let file = name(file, "standard output");
             let what = format!(
                 "cannot write {file}: what was received is no longer in the channel, and the file does not have all of it: \
                  send the stream again"

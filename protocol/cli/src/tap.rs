@@ -11,6 +11,7 @@ use barlink::{ErrorKind, Kind, OwnedRecord, Tap};
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::NO_BEGINNING;
+use crate::notice;
 use crate::standard::{OutputClosed, flush, flush_output, output, print};
 use crate::stream::Recv;
 
@@ -170,7 +171,7 @@ impl Copied {
         })
     }
 
-    /// Says what is missing in a stream that the user accepts all the same.
+    /// Reports the missing parts of a stream that the user accepts all the same.
     fn print_missing(&self) {
         // Errors of these writes are ignored because standard error may be closed.
         let mut stderr = io::stderr();
@@ -284,10 +285,14 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
             Err(error) if error.kind() == ErrorKind::Reset => None,
             found => found?,
         };
-        if let Some(record) = found.filter(is_content) {
-            target.empty()?;
-            target.write(&record.bytes)?;
-            return target.flush();
+        match found {
+            Some(record) if is_content(&record) => {
+                target.empty()?;
+                target.write(&record.bytes)?;
+                return target.flush();
+            }
+            Some(_) => notice::newest_is_mark(),
+            None => (),
         }
         match args.timeout {
             Some(timeout) if start.elapsed() >= timeout => return Err(timed_out(timeout)),

@@ -10,7 +10,7 @@ use crate::{io, region};
 
 /// Returns the error of an end whose region is gone.
 pub(super) fn check<E: Events>(events: &E) -> Result<(), ChannelError<E::Error>> {
-    events.check_device().map_err(ChannelError::Events)
+    events.check_device().map_err(ChannelError::Device)
 }
 
 /// Returns whether the kernel could not access the region. It cannot pin the memory of a device,

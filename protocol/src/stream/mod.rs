@@ -68,15 +68,19 @@ pub trait Watch {
     }
 
     /// Handles a wait that has lasted for [`Watch::report_after`] and goes on: a receiver waits for
-    /// the first data of a stream, or a sender for space. `is_away` is true if no process holds the
+    /// the first data of a stream, or a sender for room. `is_away` is true if no process holds the
     /// other end.
     fn waits(&mut self, _is_away: bool) {}
+
+    /// Handles that a regular file has become longer while [`send`] read it. The stream has the
+    /// bytes that the file had at the start.
+    fn source_has_grown(&mut self) {}
 
     /// Handles the end of the broker, while a receiver waits for a sender on the host. The stream
     /// goes on, because both ends outlive the broker. A broker that was killed causes no call.
     fn broker_ended(&mut self) {}
 
-    /// Returns the time without a record, or without space for one, after which the stream ends
+    /// Returns the time without a record, or without room for one, after which the stream ends
     /// with [`StreamError::TimedOut`]. `None` for no limit. The time that a descriptor takes does
     /// not count.
     fn timeout(&self) -> Option<Duration> {
@@ -96,6 +100,15 @@ pub enum StreamError<X> {
     /// `read(2)` from the source failed.
     #[error("cannot read the source")]
     Read(#[source] io::Error),
+    /// The source is a regular file that became shorter while it was sent. The stream has no end,
+    /// so its receiver finds it incomplete.
+    #[error("the source became shorter while it was sent: its last {missing} bytes are missing")]
+    Shrunk {
+        /// Bytes that were not sent, of those that the file had at the start.
+        missing: u64,
+        /// The progress until then.
+        progress: Progress,
+    },
     /// `write(2)` to the target failed.
     #[error("cannot write the target")]
     Write {
@@ -123,14 +136,14 @@ pub enum StreamError<X> {
     /// The stream was received to its end, and records of it or before it are missing.
     #[error("{} dropped because the channel was full; the others were received", were(.0.dropped))]
     Missing(Progress),
-    /// The sender drops, and the channel had no space for the beginning of the stream, so that
+    /// The sender drops, and the channel had no room for the beginning of the stream, so that
     /// nothing of the stream was sent.
     #[error("the beginning of the stream was dropped because the channel was full")]
     BeginDropped(Progress),
-    /// The sender drops, and the channel had no space for the end of the stream.
+    /// The sender drops, and the channel had no room for the end of the stream.
     #[error("the end of the stream was dropped because the channel was full")]
     EndDropped(Progress),
-    /// No record came, or there was no space for one, within [`Watch::timeout`].
+    /// No record came, or there was no room for one, within [`Watch::timeout`].
     #[error("nothing moved through the channel for {} s", .after.as_secs_f64())]
     TimedOut {
         /// The time.

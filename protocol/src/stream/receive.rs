@@ -25,8 +25,32 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// Receives a stream, from the channel's next record to the end of the stream, and writes its bytes
 /// from the region to `target`. The next record must be the beginning of a stream, unless
 /// `position` is within one or `accept` permits another. A record that is not of the stream stays
-/// in the channel. At the end, also after an error, closes a copy of `target`, because a file can
-/// report a write error as late as that.
+/// in the channel. A target that is not open for writing is an error at once. At the end, also
+/// after an error, closes a copy of `target`, because a file can report a write error as late as
+/// that.
+///
+/// ```
+/// use std::fs::File;
+/// use std::ops::Deref;
+/// use std::os::fd::AsRawFd;
+///
+/// use barlink_protocol::stream::{self, Accept, Position, StreamError};
+/// use barlink_protocol::{AtomicU64, Events, Receiver};
+///
+/// /// Receives a stream into a file. Returns the number of bytes.
+/// fn receive<M, E>(
+///     receiver: &mut Receiver<M, E>,
+///     file: &File,
+/// ) -> Result<u64, StreamError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     let (accept, mut position) = (Accept::default(), Position::new(None));
+///     let fd = file.as_raw_fd();
+///     Ok(stream::receive(receiver, fd, accept, &mut position, &mut ())?.bytes)
+/// }
+/// ```
 pub fn receive<M, E>(
     receiver: &mut Receiver<M, E>,
     target: c_int,
@@ -62,6 +86,7 @@ where
     M: Deref<Target = [AtomicU64]> + Clone,
     E: Events,
 {
+    region::check_writable(target).map_err(|source| failed(source, 0))?;
     receiver.set_strategy(Strategy::STREAM);
     if receiver.peer().is_without_broker() {
         watch.broker_ended();
@@ -166,7 +191,8 @@ impl PrivateBuffer {
             done += match written {
                 Err(error) if self.0.is_empty() && (is_fault(&error) || is_invalid(&error)) => {
                     check(receiver.events())?;
-                    self.0 = AlignedBuffer::new(BUFFER_BYTES);
+                    self.0 = AlignedBuffer::new(BUFFER_BYTES)
+                        .map_err(|source| failed(source, done - first))?;
                     0
                 }
                 // A file with O_DIRECT refuses less than a block, and all that follows it.

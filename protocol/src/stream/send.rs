@@ -8,7 +8,7 @@ use core::time::Duration;
 use libc::c_int;
 
 use super::files::{check, is_fault, is_invalid};
-use super::source::Source;
+use super::source::{Missing, Source};
 use super::wait::Wait;
 use super::{Progress, StreamError, Watch};
 use crate::channel::{Sender, Sent};
@@ -18,21 +18,47 @@ use crate::link::Events;
 use crate::strategy::Strategy;
 use crate::sync::AtomicU64;
 
-/// Time for which a sender that drops waits for space for the beginning or the end of a stream.
+/// Time for which a sender that drops waits for room for the beginning or the end of a stream.
 const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends a stream of all bytes that `source` has, in records of at most `scratch.len()` bytes. All
 /// records but the first are filled in place. A sender that drops reads into `scratch` first, as
 /// does a sender whose source cannot be read into the region.
 ///
-/// Space is reserved only for bytes that the source has, so that a source that is slow or at its
+/// Room is reserved only for bytes that the source has, so that a source that is slow or at its
 /// end does not move the limit of the channel beyond bytes that taps still read.
 ///
-/// A sender that drops waits for a second at most for space for the end of the stream. If there is
+/// A sender that drops waits for a second at most for room for the end of the stream. If there is
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
-/// of the stream found space, it is [`StreamError::BeginDropped`].
+/// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
-/// A socket that passes messages is no source: the result is [`StreamError::Read`].
+/// A regular file is sent up to the size that it has at the start. If it has become longer by then,
+/// `watch` is told ([`Watch::source_has_grown`]). If it becomes shorter, the stream gets no end,
+/// and the result is [`StreamError::Shrunk`]. Files whose size does not tell how many bytes they
+/// have, as in /proc and /sys, are sent to their end.
+///
+/// A folder, a descriptor that is not open for reading, and a socket that passes messages are no
+/// sources: the result is [`StreamError::Read`].
+///
+/// ```
+/// use std::fs::File;
+/// use std::ops::Deref;
+/// use std::os::fd::AsRawFd;
+///
+/// use barlink_protocol::stream::{self, StreamError};
+/// use barlink_protocol::{AtomicU64, Events, Sender};
+///
+/// /// Sends a file as a stream. Returns the number of bytes.
+/// fn send<M, E>(sender: &mut Sender<M, E>, file: &File) -> Result<u64, StreamError<E::Error>>
+/// where
+///     M: Deref<Target = [AtomicU64]> + Clone,
+///     E: Events,
+/// {
+///     // As long as the longest record is to be.
+///     let mut scratch = vec![0; (1 << 16).min(sender.max_record() as usize)];
+///     Ok(stream::send(sender, file.as_raw_fd(), &mut scratch, &mut ())?.bytes)
+/// }
+/// ```
 pub fn send<M, E>(
     sender: &mut Sender<M, E>,
     source: c_int,
@@ -52,6 +78,9 @@ where
         true => send_or_drop(sender, &mut source, scratch, watch, &mut total)?,
         false => send_all(sender, &mut source, scratch, watch, &mut total)?,
     };
+    if source.has_grown() {
+        watch.source_has_grown();
+    }
     // Without a beginning, the end would belong to the stream of an earlier sender.
     let begun = begun || mark_watched(sender, Kind::BEGIN, watch, &total)? == Sent::Committed;
     if !begun {
@@ -80,7 +109,10 @@ where
     loop {
         let length = source.read(scratch).map_err(StreamError::Read)?;
         if length == 0 {
-            return Ok(begun);
+            match ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
+            }
         }
         begun = begun || sender.send(Kind::BEGIN, &[], None)? == Sent::Committed;
         if !begun || sender.send(Kind::DATA, &scratch[..length], None)? == Sent::Dropped {
@@ -120,9 +152,9 @@ where
         };
         if begun && held == 0 && (length == 0 || !in_place) {
             held = source.read(scratch).map_err(StreamError::Read)?;
-            match held {
-                0 => return Ok(begun),
-                _ => continue,
+            match held == 0 && ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
             }
         }
         // A sender that finds no room takes nothing of its first record from its source. That
@@ -143,7 +175,10 @@ where
         if !begun {
             held = source.read(scratch).map_err(StreamError::Read)?;
             if held == 0 {
-                return Ok(begun);
+                match ends(source, total)? {
+                    true => return Ok(begun),
+                    false => continue,
+                }
             }
             let _ = mark_watched(sender, Kind::BEGIN, watch, total)?;
             begun = true;
@@ -164,13 +199,26 @@ where
             }
         };
         if length == 0 {
-            return Ok(begun);
+            match ends(source, total)? {
+                true => return Ok(begun),
+                false => continue,
+            }
         }
         reservation.commit(Kind::DATA, length as u32)?;
         total.bytes += length as u64;
         total.records += 1;
         watch.progress(total);
     }
+}
+
+/// Returns whether a source that was read and had no bytes is at its end.
+fn ends<X>(source: &mut Source, progress: &Progress) -> Result<bool, StreamError<X>> {
+    source
+        .ends()
+        .map_err(|Missing(missing)| StreamError::Shrunk {
+            missing,
+            progress: *progress,
+        })
 }
 
 /// Commits a record without payload: the beginning or the end of a stream. A sender that drops

@@ -18,7 +18,13 @@ pub(super) struct Source {
     fd: c_int,
     known: Known,
     packets: Option<Packets>,
+    /// Whether the source has bytes beyond those of the stream.
+    has_grown: bool,
 }
+
+/// Bytes of a regular file that are missing because it became shorter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Missing(pub(super) u64);
 
 /// Bytes of a pipe whose records are smaller than a packet. A pipe can pass packets (O_DIRECT in
 /// `pipe(2)`), which the end that reads cannot find out. A read into less memory than a packet has
@@ -43,28 +49,46 @@ impl Packets {
     }
 }
 
-/// Knowledge of the bytes that a source has.
+/// The source's bytes, as far as they are known.
 #[derive(Debug)]
 enum Known {
-    /// A regular file had so many bytes from its position on that were not read since. It can have
-    /// more by now.
-    Left(u64),
+    /// A regular file.
+    File(Extent),
     /// A pipe, a socket or a terminal tells how many bytes it has.
     Told,
     /// A device does not tell. It is ready to be read or not.
     Nothing,
 }
 
+/// The bytes of a regular file that are the stream's: those from its position at the start to its
+/// size at the start. The size is not that of the content for files of some file systems: it is 0
+/// in /proc, and 4096 in /sys. Such a size does not change while the file is read.
+#[derive(Debug)]
+struct Extent {
+    /// Size at the start.
+    size: u64,
+    /// Bytes below that size that were not read yet.
+    left: u64,
+    /// Whether the last read found the end before that size, although the file had it.
+    ends_early: bool,
+}
+
 impl Source {
     /// Examines the source of a stream whose records have at most `most` bytes. A socket that
     /// passes messages is an error: an empty message would end the stream, and a long one would
-    /// lose its rest.
+    /// lose its rest. A source that cannot be read at all is an error before the stream waits for
+    /// room.
     pub(super) fn new(fd: c_int, most: usize) -> io::Result<Self> {
+        region::check_readable(fd)?;
         if region::is_message_socket(fd) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, MESSAGES));
         }
-        let known = match (region::bytes_left(fd), region::bytes_ready(fd)) {
-            (Some(left), _) => Known::Left(left),
+        let known = match (region::file_size(fd), region::bytes_ready(fd)) {
+            (Some(size), _) => Known::File(Extent {
+                size,
+                left: size.saturating_sub(region::seek(fd, 0).unwrap_or(0)),
+                ends_early: false,
+            }),
             (None, Some(_)) => Known::Told,
             (None, None) => Known::Nothing,
         };
@@ -73,7 +97,12 @@ impl Source {
             length: 0,
             taken: 0,
         });
-        Ok(Source { fd, known, packets })
+        Ok(Source {
+            fd,
+            known,
+            packets,
+            has_grown: false,
+        })
     }
 
     /// Returns whether the source can be read into the region: [`Source::read_by`] may be used, and
@@ -83,7 +112,7 @@ impl Source {
     }
 
     /// Waits until the source has bytes or is at its end. Returns how many bytes it has, `most` at
-    /// most. The result is 0 at the end, and for a file that has grown.
+    /// most. The result is 0 at the end, and for a file whose size does not tell.
     pub(super) fn wait(&self, most: usize) -> io::Result<usize> {
         if let Some(packets) = &self.packets
             && packets.taken < packets.length
@@ -92,7 +121,10 @@ impl Source {
         }
         let ready = || region::bytes_ready(self.fd).unwrap_or(0);
         let has = match self.known {
-            Known::Left(left) => left,
+            Known::File(Extent {
+                ends_early: true, ..
+            }) => 0,
+            Known::File(Extent { left, .. }) => left,
             Known::Told => match ready() {
                 0 => {
                     region::poll(self.fd, libc::POLLIN)?;
@@ -114,14 +146,52 @@ impl Source {
         mut read: impl FnMut(c_int) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let length = retry(self.fd, libc::POLLIN, || read(self.fd))?;
-        if let Known::Left(left) = &mut self.known {
-            *left = left.saturating_sub(length as u64);
+        if let Known::File(file) = &mut self.known {
+            file.left = file.left.saturating_sub(length as u64);
+            file.ends_early &= length == 0;
         }
         Ok(length)
     }
 
+    /// Handles a read that found no bytes. Returns whether the source is at its end; if it is not,
+    /// it is to be read again.
+    ///
+    /// # Errors
+    ///
+    /// The source is a regular file, and was made shorter than it was at the start.
+    pub(super) fn ends(&mut self) -> Result<bool, Missing> {
+        let Known::File(file) = &mut self.known else {
+            return Ok(true);
+        };
+        if file.left == 0 {
+            return Ok(true);
+        }
+        if region::file_size(self.fd).is_some_and(|size| size < file.size) {
+            return Err(Missing(file.left));
+        }
+        // A file that was made shorter and then longer has further bytes now. A file whose size
+        // does not tell has none.
+        Ok(core::mem::replace(&mut file.ends_early, true))
+    }
+
+    /// Returns whether the source is a regular file that has become longer. It is found out once
+    /// all of the stream's bytes were read.
+    pub(super) fn has_grown(&self) -> bool {
+        self.has_grown
+    }
+
+    /// Looks whether the source is a regular file that has become longer than it was at the start.
+    fn grows(&mut self) -> bool {
+        if let Known::File(file) = &self.known {
+            let size = region::file_size(self.fd);
+            self.has_grown = size.is_some_and(|size| size > file.size);
+        }
+        self.has_grown
+    }
+
     /// Reads into private memory. A file with O_DIRECT is read in whole blocks, if it refuses other
-    /// lengths. If it refuses these too, as at an odd position, it is read without O_DIRECT.
+    /// lengths. If it refuses these too, as at an odd position, it is read without O_DIRECT. Bytes
+    /// by which a regular file has grown are left to other readers.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if let Some(packets) = &mut self.packets {
             if packets.taken == packets.length {
@@ -131,6 +201,26 @@ impl Source {
             }
             return Ok(packets.take(buffer));
         }
+        let left = match &self.known {
+            Known::File(file) => Some(file.left),
+            _ => None,
+        };
+        if left == Some(0) && self.grows() {
+            return Ok(0);
+        }
+        let length = self.read_direct(buffer)?;
+        match left {
+            Some(left) if length as u64 > left && self.grows() => {
+                let more = length as u64 - left;
+                region::seek(self.fd, -more.cast_signed());
+                Ok(left as usize)
+            }
+            _ => Ok(length),
+        }
+    }
+
+    /// Reads into private memory, also if the file has O_DIRECT.
+    fn read_direct(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let blocks = buffer.len() / ALIGNMENT * ALIGNMENT;
         let mut read = self.read_by(|fd| region::read(fd, buffer));
         if read.as_ref().is_err_and(is_invalid) && blocks > 0 {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The wait of a stream for a record or for space, which has a timeout and is reported.
+//! The wait of a stream for a record or for room, which has a timeout and is reported.
 
 use core::time::Duration;
 
 use super::{Progress, StreamError};
 
-/// The wait for one record, or for space for one.
+/// The wait for one record, or for room for one.
 #[derive(Default)]
 pub(super) struct Wait {
     /// Time of this side's clock at which the wait began, if it has a timeout.

@@ -175,6 +175,24 @@ impl Layout {
     /// Creates a layout and checks it. All fields of `channels` are set, including the offsets.
     /// The identity is empty, and there is no reserve.
     ///
+    /// ```
+    /// use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy};
+    ///
+    /// let channel = Channel {
+    ///     name: "up".parse::<Name>()?,
+    ///     producer: 0,
+    ///     consumer: 1,
+    ///     vector: 0,
+    ///     policy: Policy::Wait,
+    ///     offset: FIRST_FREE,
+    ///     capacity: 4096,
+    /// };
+    /// // 32 KiB for one VM, whose peer is the host, 1. No byte belongs to the raw window.
+    /// let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+    /// assert_eq!(layout.host(), 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// A size or a number is out of its range, a channel or the raw window does not consist of free
@@ -210,6 +228,10 @@ impl Layout {
     }
 
     /// Returns the layout with a reserve, and checks it.
+    ///
+    /// # Errors
+    ///
+    /// The reserve does not consist of whole free pages.
     pub fn with_reserve(self, offset: u64, size: u64) -> Result<Self, LayoutError> {
         let layout = Layout {
             reserve_offset: offset,
@@ -222,6 +244,10 @@ impl Layout {
 
     /// Adds a channel at the end of the table. It must lie in the reserve, and is checked as all
     /// others are. After an error the layout is as before.
+    ///
+    /// # Errors
+    ///
+    /// The table is full, or the channel is not valid or not in the reserve.
     pub fn append(&mut self, channel: Channel) -> Result<(), LayoutError> {
         let index = self.count;
         if index == MAX_CHANNELS {

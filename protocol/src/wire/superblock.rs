@@ -36,6 +36,34 @@ impl Layout {
     /// Decodes and checks a private copy of a region's first page.
     ///
     /// `region_size` is the size of the region's file or BAR, in bytes.
+    ///
+    /// ```
+    /// use barlink_protocol::wire::layout::{Layout, LayoutError};
+    ///
+    /// # use std::sync::Arc;
+    /// # use barlink_protocol::cursor::Kind;
+    /// # use barlink_protocol::region::Region;
+    /// # use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Name, Policy};
+    /// # use barlink_protocol::{AtomicU64, state};
+    /// # let channel = Channel {
+    /// #     name: "up".parse::<Name>()?,
+    /// #     producer: 0,
+    /// #     consumer: 1,
+    /// #     vector: 0,
+    /// #     policy: Policy::Wait,
+    /// #     offset: FIRST_FREE,
+    /// #     capacity: 4096,
+    /// # };
+    /// # let layout = Layout::new(1 << 15, 1, 1, channel.end(), 0, &[channel])?;
+    /// # let words = layout.region_size / 8;
+    /// # let memory: Arc<[AtomicU64]> = (0..words).map(|_| AtomicU64::new(0)).collect();
+    /// # let region = Region::new(memory);
+    /// # state::publish(&region, &layout);
+    /// assert_eq!(Layout::decode(&layout.encode(), 1 << 15), Ok(layout.clone()));
+    /// let refused = Layout::decode(&layout.encode(), 1 << 16);
+    /// assert!(matches!(refused, Err(LayoutError::Size { .. })));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn decode(page: &[u64; PAGE_WORDS], region_size: u64) -> Result<Self, LayoutError> {
         let mut layout = Layout::EMPTY;
         layout.decode_into(page, region_size)?;

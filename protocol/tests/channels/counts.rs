@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Trials in which the counts of a tap add up to the truth. Producers are killed between any two of
-//! their stores, a tap is stopped between any two of its looks, records are dropped, and the
-//! channel is reset.
+//! Trials in which the counts of a tap add up to the truth, in channels that drop and in channels
+//! that overwrite. Producers are killed between any two of their stores, a tap is stopped between
+//! any two of its looks, records are dropped, numbers are skipped, and the channel is reset.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -11,10 +11,10 @@ use std::time::SystemTime;
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, channel};
+use barlink_protocol::wire::layout::{Channel, Policy, channel};
 use barlink_protocol::{AtomicU64, Consumer, Producer, ReserveError, Sight, Tap, state};
 
-use crate::heap::{Heap, Memory, region, rounds};
+use crate::heap::{Heap, Memory, region_of, rounds};
 use crate::tap::{Interrupted, payload};
 
 /// Random numbers of one trial (SplitMix64), and its seed, which is printed if the trial fails.
@@ -63,8 +63,36 @@ struct Killed;
 struct Effect {
     word: u64,
     before: u64,
-    /// Payloads of the records that are committed. Without one, a record is dropped.
+    /// Payloads of the records that are committed.
     records: Vec<u64>,
+    /// Number of records that are dropped, and of numbers that are skipped.
+    dropped: u64,
+}
+
+/// The effects of a producer's call, in their order.
+struct Effects<'a> {
+    region: &'a Heap,
+    entry: &'a Channel,
+    all: Vec<Effect>,
+}
+
+impl Effects<'_> {
+    /// Notes an effect that the next step of the producer may have.
+    fn expect(&mut self, offset: u64, records: Vec<u64>, dropped: u64) {
+        let word = self.entry.offset + offset;
+        self.all.push(Effect {
+            word,
+            before: self.region.load(word),
+            records,
+            dropped,
+        });
+    }
+
+    /// Returns whether the last effect has come. There is none that has not, without one.
+    fn last_has_come(&self) -> bool {
+        let last = self.all.last();
+        last.is_none_or(|last| self.region.load(last.word) != last.before)
+    }
 }
 
 /// A committed record.
@@ -95,7 +123,8 @@ struct World {
     /// The producer's memory, in which it can be killed.
     memory: Interrupted,
     producer: Producer<Interrupted>,
-    consumer: Consumer<Memory>,
+    /// None in a channel that overwrites.
+    consumer: Option<Consumer<Memory>>,
     random: Random,
     base: u64,
     next: u64,
@@ -110,7 +139,7 @@ impl World {
         let memory = Interrupted::new(words.clone());
         World {
             producer: Producer::attach(Region::new(memory.clone()), &entry).unwrap(),
-            consumer: Consumer::attach(region.clone(), &entry).unwrap(),
+            consumer: consumer_of(&region, &entry),
             memory,
             region,
             entry,
@@ -135,12 +164,15 @@ impl World {
     }
 
     fn consume(&mut self) {
+        let Some(consumer) = &mut self.consumer else {
+            return;
+        };
         for _ in 0..self.random.below(4) {
-            if self.consumer.poll().unwrap() {
-                self.consumer.advance();
+            if consumer.poll().unwrap() {
+                consumer.advance();
             }
         }
-        let _ = self.consumer.release_advanced().unwrap();
+        let _ = consumer.release_advanced().unwrap();
     }
 
     fn reset(&mut self) {
@@ -148,7 +180,7 @@ impl World {
         let keep = |base| self.base = base;
         state::reset(&self.region, &self.entry, before, || true, keep).unwrap();
         self.attach();
-        self.consumer = Consumer::attach(self.region.clone(), &self.entry).unwrap();
+        self.consumer = consumer_of(&self.region, &self.entry);
         self.records.clear();
         self.dropped = 0;
         self.seen.resets += 1;
@@ -159,11 +191,16 @@ impl World {
         self.producer = Producer::attach(region, &self.entry).unwrap();
     }
 
-    /// Sends one to three records in one commit, as far as there is room, and drops the others. In
-    /// one of four calls the producer may be killed, before any of its looks.
+    /// Sends one to three records in one commit, as far as there is room, drops the others, and
+    /// sometimes skips numbers. In one of four calls the producer may be killed, before any of its
+    /// looks.
     fn produce(&mut self) {
         let count = 1 + self.random.below(3);
-        let longest = [100, 900, 2000][self.random.below(3) as usize];
+        let longest = match self.consumer {
+            Some(_) => [100, 900, 2000],
+            None => [100, 300, 990],
+        };
+        let longest = longest[self.random.below(3) as usize];
         let records: Vec<_> = (0..count)
             .map(|index| {
                 let length = self.random.below(longest) as usize;
@@ -171,22 +208,27 @@ impl World {
             })
             .collect();
         self.next += count;
+        let skipped = match self.random.one_in(8) {
+            true => 1 + self.random.below(5),
+            false => 0,
+        };
         if self.random.one_in(4) {
             let moment = self.random.below(30 * count) as u32;
             self.memory
                 .interrupt(moment, || resume_unwind(Box::new(Killed)));
         }
-        let mut effects = Vec::new();
-        let (region, entry, producer) = (&self.region, &self.entry, &mut self.producer);
+        let mut effects = Effects {
+            region: &self.region,
+            entry: &self.entry,
+            all: Vec::new(),
+        };
+        let producer = &mut self.producer;
         let sent = catch_unwind(AssertUnwindSafe(|| {
-            send(producer, &records, |offset, records| {
-                let word = entry.offset + offset;
-                effects.push(Effect {
-                    word,
-                    before: region.load(word),
-                    records,
-                });
-            });
+            send(producer, &records, &mut effects);
+            if skipped > 0 {
+                effects.expect(channel::DROPPED, Vec::new(), skipped);
+                let _ = producer.skip(skipped).unwrap();
+            }
         }));
         self.memory.go_on();
         let is_killed = match sent {
@@ -195,8 +237,8 @@ impl World {
             Err(panic) => resume_unwind(panic),
         };
         // All but the last effect have come, because the producer went on behind them.
-        let last = effects.last();
-        let has_come = last.is_none_or(|last| self.region.load(last.word) != last.before);
+        let has_come = effects.last_has_come();
+        let mut effects = effects.all;
         if !has_come {
             assert!(is_killed);
             effects.pop();
@@ -205,10 +247,10 @@ impl World {
             self.seen.killed_behind += 1;
         }
         for effect in effects {
-            let is_drop = effect.records.is_empty();
-            self.dropped += u64::from(is_drop);
-            self.seen.dropped += u64::from(is_drop);
+            self.dropped += effect.dropped;
+            self.seen.dropped += effect.dropped;
             self.seen.committed += effect.records.len() as u64;
+            // The records come before numbers that are dropped with them.
             let dropped = self.dropped;
             let records = effect.records.into_iter();
             self.records
@@ -221,34 +263,47 @@ impl World {
 
     /// Commits a record of a producer that lives.
     fn finish(&mut self) {
-        while self.consumer.poll().unwrap() {
-            let _ = self.consumer.release().unwrap();
+        if let Some(consumer) = &mut self.consumer {
+            while consumer.poll().unwrap() {
+                let _ = consumer.release().unwrap();
+            }
         }
         let (id, dropped) = (self.next, self.dropped);
-        send(&mut self.producer, &[payload(id, 8)], |offset, _| {
-            assert_eq!(offset, channel::WRITTEN);
-        });
+        let mut effects = Effects {
+            region: &self.region,
+            entry: &self.entry,
+            all: Vec::new(),
+        };
+        send(&mut self.producer, &[payload(id, 8)], &mut effects);
+        let words = effects.all.iter().map(|effect| effect.word);
+        assert!(words.eq([self.entry.offset + channel::WRITTEN]));
         self.records.push(Record { id, dropped });
     }
 }
 
-/// Sends records in one commit as far as there is room, and drops the others. Calls `effect` before
-/// each commit, with the word that it changes and the records, and before each drop.
-fn send(
-    producer: &mut Producer<Interrupted>,
-    records: &[Vec<u8>],
-    mut effect: impl FnMut(u64, Vec<u64>),
-) {
+/// Returns the consumer of a channel that has one.
+fn consumer_of(region: &Heap, entry: &Channel) -> Option<Consumer<Memory>> {
+    let attach = || Consumer::attach(region.clone(), entry).unwrap();
+    entry.has_consumer().then(attach)
+}
+
+/// Sends records in one commit as far as there is room, and drops the others. A producer that
+/// overwrites may commit some of them earlier.
+fn send(producer: &mut Producer<Interrupted>, records: &[Vec<u8>], effects: &mut Effects<'_>) {
     let mut staged = Vec::new();
-    let mut publish = |producer: &mut Producer<_>, staged: &mut Vec<u64>| {
-        if !staged.is_empty() {
-            effect(channel::WRITTEN, std::mem::take(staged));
-        }
-        let _ = producer.publish().unwrap();
-    };
-    let mut dropped = Vec::new();
+    let mut dropped = 0;
     for bytes in records {
-        match producer.reserve(bytes.len()) {
+        if !staged.is_empty() {
+            effects.expect(channel::WRITTEN, staged.clone(), 0);
+        }
+        let reserved = producer.reserve(bytes.len());
+        if !staged.is_empty() {
+            match effects.last_has_come() {
+                true => staged.clear(),
+                false => drop(effects.all.pop()),
+            }
+        }
+        match reserved {
             Ok(mut room) => {
                 // Two copies, so that a producer can be killed between them.
                 let half = bytes.len() / 16 * 8;
@@ -259,13 +314,16 @@ fn send(
             }
             Err(error) => {
                 assert_eq!(error, ReserveError::Full);
-                dropped.push(bytes.len());
+                dropped += 1;
             }
         }
     }
-    publish(producer, &mut staged);
-    for _ in dropped {
-        effect(channel::DROPPED, Vec::new());
+    if !staged.is_empty() {
+        effects.expect(channel::WRITTEN, staged, 0);
+    }
+    let _ = producer.publish().unwrap();
+    for _ in 0..dropped {
+        effects.expect(channel::DROPPED, Vec::new(), 1);
         producer.drop_record();
     }
 }
@@ -329,9 +387,9 @@ impl Observer {
     }
 }
 
-/// Runs a trial with these random numbers. Returns what happened.
-fn trial(random: Random) -> Seen {
-    let (_, layout) = region(4096, true);
+/// Runs a trial in a channel of this policy with these random numbers. Returns what happened.
+fn trial(policy: Policy, random: Random) -> Seen {
+    let (_, layout) = region_of(4096, policy);
     let entry = layout.channels()[0];
     let words: Memory = (0..layout.region_size / 8)
         .map(|_| AtomicU64::new(0))
@@ -368,12 +426,12 @@ fn trial(random: Random) -> Seen {
     seen
 }
 
-#[test]
-fn counts_of_tap_add_up() {
+/// Runs the trials in channels of this policy.
+fn trials(policy: Policy) {
     let first = Random::first_seed();
     let mut all = Seen::default();
     for number in 0..u64::from(rounds(1000, 10_000)) {
-        let seen = trial(Random::new(first.wrapping_add(number)));
+        let seen = trial(policy, Random::new(first.wrapping_add(number)));
         all.committed += seen.committed;
         all.killed_before += seen.killed_before;
         all.killed_behind += seen.killed_behind;
@@ -385,4 +443,14 @@ fn counts_of_tap_add_up() {
     let rare = [all.killed_before, all.killed_behind, all.torn, all.resets];
     assert!(rare.iter().all(|&count| count > 100), "{all:?}");
     assert!(all.dropped > 1000 && all.missed > 1000, "{all:?}");
+}
+
+#[test]
+fn counts_of_tap_add_up() {
+    trials(Policy::Drop);
+}
+
+#[test]
+fn counts_add_up_in_overwriting_channel() {
+    trials(Policy::Overwrite);
 }

@@ -5,13 +5,14 @@
 //! before the call or the state after it.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use barlink_protocol::cursor::{Detached, Kind};
 use barlink_protocol::wire::layout::{Channel, Name, Policy, channel};
-use barlink_protocol::{Consumer, Producer, ReserveError, state};
+use barlink_protocol::{Consumer, FirstSequenceError, Notify, Producer, ReserveError, state};
 use proptest::prelude::*;
 
+use crate::example::DOCUMENT;
 use crate::heap::rounds;
 use crate::recorded::{CAPACITY, Recorded, Seen, State, word};
 
@@ -37,6 +38,11 @@ struct Content {
 }
 
 impl Content {
+    /// Passes over sequence numbers.
+    fn pass(&mut self, count: u64) {
+        self.next = self.next.wrapping_add(count);
+    }
+
     /// Returns the content that fresh ends find, and checks that they can go on from there.
     fn of(state: &State) -> Result<Content, Detached> {
         let region = Recorded::new(state.iter().copied()).region();
@@ -94,26 +100,91 @@ fn receive(consumer: &mut Consumer<Recorded>) -> Result<Option<(u64, Vec<u8>)>, 
     Ok(Some((number, bytes)))
 }
 
+/// An action of an end.
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    Send,
+    /// Sends the beginning of a stream.
+    Mark,
+    /// Sends several records in one commit.
+    Batch,
+    Skip,
+    /// Sets the first sequence number, if none is used.
+    SetFirst,
+    ArmProducer,
+    DisarmProducer,
+    Receive,
+    /// Releases several records at once.
+    Pass,
+    ArmConsumer,
+    DisarmConsumer,
+}
+
+impl Action {
+    fn is_of_consumer(self) -> bool {
+        matches!(
+            self,
+            Action::Receive | Action::Pass | Action::ArmConsumer | Action::DisarmConsumer
+        )
+    }
+}
+
 /// The next action of an end, and the store before which it is killed, if at all.
 #[derive(Clone, Debug)]
 struct Step {
-    action: u8,
+    action: Action,
     length: usize,
     cut: usize,
     killed: Option<prop::sample::Index>,
 }
 
+impl Step {
+    /// Creates a step in which no end is killed.
+    fn new(action: Action, length: usize) -> Self {
+        Step {
+            action,
+            length,
+            cut: 0,
+            killed: None,
+        }
+    }
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    prop_oneof![
+        4 => Just(Action::Send),
+        2 => Just(Action::Mark),
+        2 => Just(Action::Batch),
+        1 => Just(Action::Skip),
+        1 => Just(Action::SetFirst),
+        1 => Just(Action::ArmProducer),
+        1 => Just(Action::DisarmProducer),
+        4 => Just(Action::Receive),
+        1 => Just(Action::Pass),
+        1 => Just(Action::ArmConsumer),
+        1 => Just(Action::DisarmConsumer),
+    ]
+}
+
+/// Returns steps. In half of the cases the first one sets the first sequence number, because later
+/// ones cannot.
 fn steps(count: usize) -> impl Strategy<Value = Vec<Step>> {
     let killed = prop::option::of(any::<prop::sample::Index>());
     let length = prop_oneof![0usize..200, 0usize..2025];
     let step =
-        (0u8..11, length, 0usize..20, killed).prop_map(|(action, length, cut, killed)| Step {
+        (action(), length, 0usize..20, killed).prop_map(|(action, length, cut, killed)| Step {
             action,
             length,
             cut,
             killed,
         });
-    prop::collection::vec(step, 1..count)
+    let steps = prop::collection::vec(step, 1..count);
+    (any::<bool>(), steps).prop_map(|(sets_first, mut steps)| {
+        if sets_first {
+            steps[0].action = Action::SetFirst;
+        }
+        steps
+    })
 }
 
 /// A channel with its two ends, and the content that it must have.
@@ -122,8 +193,12 @@ struct Ends {
     producer: Producer<Recorded>,
     consumer: Consumer<Recorded>,
     content: Content,
+    /// Number of marks that a producer counted.
+    marks: u64,
     /// Records of which a tap that stopped while it copied them may still find all bytes.
     seen: Vec<Seen>,
+    /// Offsets of the words in the header page that changed between two states.
+    stored: BTreeSet<u64>,
 }
 
 impl Ends {
@@ -133,25 +208,32 @@ impl Ends {
             producer: Producer::attach(memory.region(), &entry()).unwrap(),
             consumer: Consumer::attach(memory.region(), &entry()).unwrap(),
             content: Content::default(),
+            marks: 0,
             seen: Vec::new(),
+            stored: BTreeSet::new(),
             memory,
         }
     }
 
-    /// Runs a step, and returns the states that it went through. Updates `content` to what the
-    /// channel must hold after it.
+    /// Runs a step, and returns the states that it went through. Updates `content` and `marks` to
+    /// what the channel must hold after it.
     fn call(&mut self, step: &Step) -> Vec<State> {
         let Ends {
             memory,
             producer,
             consumer,
             content,
+            marks,
             ..
         } = self;
         match step.action {
-            0..=3 => {
+            Action::Send => {
                 let bytes: Vec<_> = (0..step.length)
-                    .map(|index| (content.next as usize * 31 + index) as u8)
+                    .map(|index| {
+                        (content.next as u8)
+                            .wrapping_mul(31)
+                            .wrapping_add(index as u8)
+                    })
                     .collect();
                 let length = bytes.len().saturating_sub(step.cut);
                 let (sent, states) = memory.record(|| {
@@ -168,30 +250,61 @@ impl Ends {
                     }
                     Err(error) => assert_eq!(error, ReserveError::Full),
                 }
-                content.next += 1;
+                content.pass(1);
                 states
             }
-            4..=6 => {
-                let (received, states) = memory.record(|| receive(consumer));
-                assert_eq!(received, Ok(content.records.pop_front()));
+            Action::Mark => {
+                let (sent, states) = memory.record(|| match producer.reserve(0) {
+                    Ok(room) => {
+                        let _ = room.commit(Kind::BEGIN, 0, 7).unwrap();
+                        true
+                    }
+                    Err(_) => false,
+                });
+                if sent {
+                    content.records.push_back((content.next, Vec::new()));
+                    content.pass(1);
+                    *marks += 1;
+                }
                 states
             }
-            7 => {
-                let (found, states) = memory.record(|| consumer.arm_for_record());
-                assert_eq!(found, Ok(!content.records.is_empty()));
-                states
-            }
-            8 => memory.record(|| producer.arm_for_room(step.length)).1,
-            9 => {
+            Action::Batch => {
                 let (staged, states) = memory.record(|| stage(producer, step.length));
                 for _ in 0..staged {
                     let record = (content.next, vec![9; step.length]);
                     content.records.push_back(record);
-                    content.next += 1;
+                    content.pass(1);
                 }
                 states
             }
-            _ => {
+            Action::Skip => {
+                let count = step.length as u64 % 20;
+                let (skipped, states) = memory.record(|| producer.skip(count));
+                assert_eq!(skipped, Ok(Notify::Quiet));
+                content.pass(count);
+                states
+            }
+            Action::SetFirst => {
+                // Numbers wrap.
+                let first = u64::MAX - step.length as u64 % 8;
+                let (set, states) = memory.record(|| producer.set_first_sequence(first));
+                match set {
+                    Ok(()) => content.next = first,
+                    Err(error) => {
+                        assert_eq!(error, FirstSequenceError::NotEmpty);
+                        assert_eq!(states.len(), 1, "it stored a word");
+                    }
+                }
+                states
+            }
+            Action::ArmProducer => memory.record(|| producer.arm_for_room(step.length)).1,
+            Action::DisarmProducer => memory.record(|| producer.disarm()).1,
+            Action::Receive => {
+                let (received, states) = memory.record(|| receive(consumer));
+                assert_eq!(received, Ok(content.records.pop_front()));
+                states
+            }
+            Action::Pass => {
                 let (passed, states) = memory.record(|| {
                     let mut passed = 0;
                     while passed < BATCH && consumer.poll().unwrap() {
@@ -205,13 +318,20 @@ impl Ends {
                 content.records.drain(..passed);
                 states
             }
+            Action::ArmConsumer => {
+                let (found, states) = memory.record(|| consumer.arm_for_record());
+                assert_eq!(found, Ok(!content.records.is_empty()));
+                states
+            }
+            Action::DisarmConsumer => memory.record(|| consumer.disarm()).1,
         }
     }
 
     /// Runs a step, checks each of its states, and goes on from the state in which it was killed.
     fn step(&mut self, step: &Step) {
-        let before = self.content.clone();
+        let (before, marks) = (self.content.clone(), self.marks);
         let states = self.call(step);
+        self.stored.extend(stored(&states));
         let found: Vec<_> = states
             .iter()
             .map(|state| Content::of(state).unwrap())
@@ -223,6 +343,18 @@ impl Ends {
         let turn = turn.unwrap_or(found.len());
         assert!(found[turn..].iter().all(|content| content == behind));
         assert_eq!(found.last(), Some(behind));
+        // A mark is counted before it is committed, so the count is never too low.
+        let counted = |state| word(state, channel::MARKS);
+        assert!(
+            states[..turn]
+                .iter()
+                .all(|state| (marks..=self.marks).contains(&counted(state)))
+        );
+        assert!(
+            states[turn..]
+                .iter()
+                .all(|state| counted(state) == self.marks)
+        );
         for state in &states {
             self.seen.retain(|record| record.check(state));
         }
@@ -237,23 +369,89 @@ impl Ends {
         let killed = killed.index(states.len());
         self.memory.become_state(&states[killed]);
         self.content = found[killed].clone();
+        self.marks = counted(&states[killed]);
         // A record that was not committed is none.
         let written = word(&states[killed], channel::WRITTEN);
         self.seen.retain(|record| record.start < written);
-        match step.action {
-            4..=7 | 10 => {
-                self.consumer = Consumer::attach(self.memory.region(), &entry()).unwrap();
-            }
-            _ => self.producer = Producer::attach(self.memory.region(), &entry()).unwrap(),
+        if step.action.is_of_consumer() {
+            self.consumer = Consumer::attach(self.memory.region(), &entry()).unwrap();
+        } else {
+            self.producer = Producer::attach(self.memory.region(), &entry()).unwrap();
         }
     }
+}
+
+/// Returns the offsets of the words in the header page that change between two of these states.
+fn stored(states: &[State]) -> BTreeSet<u64> {
+    let offsets = (0..channel::DATA).step_by(8);
+    let changes = |offset: &u64| {
+        let mut pairs = states.windows(2);
+        pairs.any(|pair| word(&pair[0], *offset) != word(&pair[1], *offset))
+    };
+    offsets.filter(changes).collect()
+}
+
+/// Returns the offsets of all words in a channel's header page, from the table in section 4 of the
+/// document.
+fn documented() -> BTreeSet<u64> {
+    let table = DOCUMENT.split("| offset | written by | content |\n").nth(1);
+    let rows = table.unwrap().lines().skip(1);
+    let mut words = BTreeSet::new();
+    for row in rows.take_while(|row| row.starts_with('|')) {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        for offset in cells[1].split(", ") {
+            let offset: u64 = offset.parse().unwrap();
+            words.insert(offset);
+            if cells[3].contains("commit notes") {
+                words.extend([channel::NOTE_RECORDS, channel::NOTE_LAST].map(|word| offset + word));
+            }
+        }
+    }
+    assert!(words.remove(&channel::DATA), "{words:?}");
+    words
+}
+
+/// The steps of [`Ends::step`], which looks at the states between any two stores, store to every
+/// word of the header page but the generation. A reset stores to every word.
+#[test]
+fn ends_die_at_store_of_every_word() {
+    let mut ends = Ends::new();
+    for (action, length) in [
+        (Action::SetFirst, 3),
+        (Action::Mark, 0),
+        (Action::Receive, 0),
+        (Action::ArmConsumer, 0),
+        (Action::DisarmConsumer, 0),
+        (Action::Batch, 100),
+        (Action::Pass, 0),
+        (Action::Skip, 3),
+        (Action::Send, 2000),
+        (Action::Send, 1500),
+        // Dropped.
+        (Action::Send, 2000),
+        (Action::ArmProducer, 2000),
+        (Action::DisarmProducer, 0),
+        (Action::ArmProducer, 2000),
+        (Action::ArmConsumer, 0),
+    ] {
+        ends.step(&Step::new(action, length));
+    }
+    let mut all = documented();
+    let (_, states) = reset(&ends.memory, LOOKS, &Cell::new(0));
+    let (first, last) = (&states[0], states.last().unwrap());
+    for state in &states {
+        check_reset(state, first, last);
+    }
+    assert_eq!(stored(&states), all);
+    assert!(all.remove(&channel::GENERATION));
+    assert_eq!(ends.stored, all);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(rounds(24, 96)))]
 
-    /// Kills an end at any store of a commit, release, drop, wake threshold, ring or batch, after
-    /// any history with such deaths.
+    /// Kills an end at any store of a commit, mark, release, drop, skip, first number, wake
+    /// threshold, ring or batch, after any history with such deaths.
     #[test]
     fn killed_end_leaves_whole_call_or_nothing(steps in steps(40)) {
         let mut ends = Ends::new();
@@ -346,7 +544,7 @@ proptest! {
                 continue;
             }
             killed += 1;
-            // The broker keeps the cursor before it uses it.
+            // The broker stores the base before the reset uses it.
             let is_kept = CURSORS.iter().any(|&offset| word(state, offset) == base.get());
             let base = Cell::new(if is_kept { base.get() } else { 0 });
             let (result, again) = reset(&Recorded::new(state.iter().copied()), LOOKS, &base);

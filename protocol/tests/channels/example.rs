@@ -21,7 +21,7 @@ use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Sent, Wakeup, state}
 
 use crate::heap::{Heap, Memory, region};
 
-const DOCUMENT: &str = include_str!("../../../docs/protocol.md");
+pub const DOCUMENT: &str = include_str!("../../../docs/protocol.md");
 /// The heading of the section, and the heading behind it.
 const HEADING: &str = "\n### 4.8 An example in bytes\n\n";
 const NEXT: &str = "\n## 5. ";

@@ -5,6 +5,7 @@
 
 mod counts;
 mod crash;
+mod device;
 mod example;
 mod heap;
 mod numbers;

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use barlink_protocol::cursor::{Capacity, Kind, span};
 use barlink_protocol::wire::layout::{Channel, NO_PEER, Name, Policy, channel};
-use barlink_protocol::{Consumer, Producer, ReserveError, Sender, Sent, Sight, Tap};
+use barlink_protocol::{
+    Consumer, FirstSequenceError, Producer, ReserveError, Sender, Sent, Sight, Tap,
+};
 use proptest::prelude::*;
 
 use crate::heap::{Memory, notifiers, region_of, reset, rounds};
@@ -75,11 +77,15 @@ fn check(states: &[State]) {
 enum Call {
     /// Commits one record.
     Send(usize),
-    /// Stages so many records of this length, and commits them unless the second is false.
+    /// Stages a number of records of one length, and commits them if the flag is set.
     Batch(usize, usize, bool),
     /// Reserves room, fills it, and gives it up.
     GiveUp(usize),
     Skip(u64),
+    /// Sends the beginning of a stream.
+    Mark,
+    /// Sets the first sequence number, if none is used.
+    SetFirst(u64),
 }
 
 impl Call {
@@ -104,6 +110,14 @@ impl Call {
             Call::Skip(count) => {
                 let _ = producer.skip(count).unwrap();
             }
+            Call::Mark => {
+                let room = producer.reserve(0).unwrap();
+                let _ = room.commit(Kind::BEGIN, 0, 7).unwrap();
+            }
+            Call::SetFirst(number) => match producer.set_first_sequence(number) {
+                Ok(()) => assert_eq!(producer.sequence(), number),
+                Err(error) => assert_eq!(error, FirstSequenceError::NotEmpty),
+            },
         }
     }
 }
@@ -116,6 +130,8 @@ fn call() -> impl Strategy<Value = Call> {
             .prop_map(|(count, length, published)| Call::Batch(count, length, published)),
         1 => length().prop_map(Call::GiveUp),
         1 => (0u64..5).prop_map(Call::Skip),
+        1 => Just(Call::Mark),
+        1 => (0u64..5).prop_map(Call::SetFirst),
     ]
 }
 
@@ -193,7 +209,7 @@ fn overwriting_record_takes_quarter_at_most() {
         })
     );
     assert_eq!(span(max), CAPACITY / 4);
-    // A tap takes no larger record for one, either.
+    // The header of a larger record is not valid for a tap, either.
     let header = u64::from(Kind::USER.number()) << 32 | (u64::from(max) + 1);
     assert!(Capacity::of(&entry()).check(header, 0, CAPACITY).is_err());
 }
@@ -208,7 +224,7 @@ fn staged_records_publish_themselves_at_quarter() {
         stage(&mut producer, 232);
         let staged = number * CAPACITY / 16 - written();
         assert!(0 < staged && staged <= CAPACITY / 4, "{staged}");
-        // Four at a time, when the fifth is staged.
+        // The producer commits four records at a time, when it stages the fifth.
         assert_eq!(written(), (number - 1) / 4 * CAPACITY / 4);
     }
 }

@@ -127,7 +127,8 @@ impl Seen {
         assert_ne!(word(state, note + channel::NOTE_RECORDS), 0);
         let start = word(state, note + channel::NOTE_LAST);
         let header = word(state, channel::DATA + start % CAPACITY);
-        assert_eq!(header >> 32, u64::from(Kind::USER.number()));
+        let kinds = [Kind::USER, Kind::BEGIN].map(|kind| u64::from(kind.number()));
+        assert!(kinds.contains(&(header >> 32)));
         let span = span(header as u32);
         assert_eq!(start + span, written, "the newest record ends there");
         Seen {

@@ -12,11 +12,12 @@ use barlink_protocol::cursor::{Detached, Kind, Reset};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, channel};
 use barlink_protocol::{
-    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError, Sight, Tap, state,
+    AtomicU64, ChannelError, Consumer, Notify, Ordering, Producer, ReserveError, Sent, Sight, Tap,
+    Wakeup, state,
 };
 use proptest::prelude::*;
 
-use crate::heap::{Heap, Memory, ends_with, notifiers, region, reset};
+use crate::heap::{Heap, Memory, ends_with, notifiers, region, reset, wait_until};
 
 fn attach(region: &Heap, entry: &Channel) -> (Producer<Memory>, Consumer<Memory>) {
     (
@@ -274,6 +275,71 @@ fn waiting_ends_report_reset() {
     assert_eq!(woken.unwrap_err().to_string(), "the channel was reset");
 }
 
+/// A consumer that lives on through a reset was stopped just before it stored its wake threshold,
+/// and stores it over that of the next one. No ring wakes that one then, so it looks by the clock.
+#[test]
+fn replaced_wake_threshold_only_delays_receiver() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    assert_eq!(reset(&region, entry, true), Some(1));
+    let (a, b) = notifiers();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let threshold = entry.offset + channel::CONSUMER_THRESHOLD;
+    let is_asleep = receiver.events().sleeper();
+    // The first rings prove that doorbells arrive.
+    const REPLACED: [bool; 4] = [false, false, false, true];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for is_replaced in REPLACED {
+                wait_until("the receiver sleeps", &is_asleep);
+                if is_replaced {
+                    region.store(threshold, 1);
+                }
+                let sent = sender.send(Kind::USER, b"text", None);
+                assert_eq!(sent, Ok(Sent::Committed));
+            }
+        });
+        for _ in REPLACED {
+            while receiver.wait(None).unwrap() != Wakeup::Ready {}
+            receiver.release().unwrap();
+        }
+    });
+}
+
+/// As [`replaced_wake_threshold_only_delays_receiver`], with two producers.
+#[test]
+fn replaced_wake_threshold_only_delays_sender() {
+    let (region, layout) = region(4096, false);
+    let entry = &layout.channels()[0];
+    assert_eq!(reset(&region, entry, true), Some(1));
+    let (a, b) = notifiers();
+    let (mut sender, mut receiver) = ends_with(&region, &layout, a, b);
+    let threshold = entry.offset + channel::PRODUCER_THRESHOLD;
+    let is_asleep = sender.events().sleeper();
+    const REPLACED: [bool; 3] = [false, false, true];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for is_replaced in REPLACED {
+                wait_until("the sender sleeps", &is_asleep);
+                // By now its threshold is that of its record, and not half of the channel.
+                std::thread::sleep(Duration::from_millis(10));
+                if is_replaced {
+                    region.store(threshold, 1);
+                }
+                while receiver.poll().unwrap() {
+                    receiver.advance();
+                }
+                receiver.release().unwrap();
+            }
+        });
+        // Four records fill the channel.
+        for _ in 0..4 * (1 + REPLACED.len()) {
+            let sent = sender.send(Kind::USER, &[0; 900], None);
+            assert_eq!(sent, Ok(Sent::Committed));
+        }
+    });
+}
+
 #[test]
 fn reset_begins_above_all_cursors() {
     let (region, layout) = region(4096, false);
@@ -375,9 +441,9 @@ fn no_end_takes_count_of_stale_producer() {
     }
 }
 
-/// Lets a producer rest whose limit is ahead of its records, so that its next record needs no other
-/// store than that of its bytes. After a reset by force these are the place of a record of the next
-/// producer.
+/// Resets a channel by force while a producer rests whose limit is ahead of its records. For its
+/// next record the producer would store only the bytes, and by then a record of the next producer
+/// can be in their place.
 #[test]
 fn rested_producer_overwrites_no_record() {
     for staged in 0..2 {

@@ -269,7 +269,7 @@ fn receiver_never_rings_vm_end_without_holder() {
     assert_eq!(receiver.events().rung, 1, "no process is there");
     hold(&region, &layout, 2);
     assert_eq!(receiver.wait(None), Ok(Wakeup::PeerChanged));
-    assert_eq!(receiver.events().rung, 2, "somebody came");
+    assert_eq!(receiver.events().rung, 2, "an end came");
     // The host cannot be unplugged, so it is rung whether or not its end is held.
     let rung = sender.events().rung;
     receiver.wait(Some(Duration::ZERO)).unwrap();

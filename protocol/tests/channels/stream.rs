@@ -346,12 +346,8 @@ fn dropped_begin_takes_its_data_along() {
 
 type StreamResult = Result<Progress, StreamError<std::convert::Infallible>>;
 
-/// Receives a stream into a file. Returns the result, the position, and the bytes.
-fn receive_bytes(
-    receiver: &mut Receiver<Memory, Notifiers>,
-    accept: Accept,
-    position: &mut Position,
-) -> (StreamResult, Vec<u8>) {
+/// Makes an empty file without a name.
+fn file() -> File {
     let path = std::env::temp_dir().join(format!(
         "barlink-stream-{}-{:?}",
         std::process::id(),
@@ -359,8 +355,18 @@ fn receive_bytes(
     ));
     let mut options = File::options();
     let options = options.read(true).write(true).create(true).truncate(true);
-    let mut file = options.open(&path).unwrap();
+    let file = options.open(&path).unwrap();
     std::fs::remove_file(path).unwrap();
+    file
+}
+
+/// Receives a stream into a file. Returns the result, the position, and the bytes.
+fn receive_bytes(
+    receiver: &mut Receiver<Memory, Notifiers>,
+    accept: Accept,
+    position: &mut Position,
+) -> (StreamResult, Vec<u8>) {
+    let mut file = file();
     let received = receive(receiver, file.as_raw_fd(), accept, position, &mut ());
     let mut bytes = Vec::new();
     file.rewind().unwrap();
@@ -733,4 +739,151 @@ fn receiver_reports_end_of_broker() {
     });
     send(&mut sender, Kind::END, &[]);
     assert_eq!(receiving.join().unwrap(), four());
+}
+
+/// A watch that changes the source after a record, and counts the reports that it has grown.
+struct Meddling<F> {
+    then: F,
+    grown: u32,
+}
+
+impl<F: FnMut(u64)> Watch for Meddling<F> {
+    fn progress(&mut self, progress: &Progress) {
+        (self.then)(progress.records);
+    }
+
+    fn source_has_grown(&mut self) {
+        self.grown += 1;
+    }
+}
+
+/// Sends a file in records of at most `size` bytes, through a channel with room for all of it.
+/// Calls `meddle` after each record. Returns the sender's result, the reports that the file has
+/// grown, and the outcome and bytes of a receiver that comes when the sender has left.
+fn send_file(
+    file: &File,
+    (drops, size): (bool, usize),
+    meddle: impl FnMut(u64),
+) -> (StreamResult, u32, (StreamResult, Vec<u8>)) {
+    let (region, layout) = region(1 << 16, drops);
+    let (a, b) = notifiers();
+    let mut sender = Sender::attach(region.clone(), &layout, 0, a).unwrap();
+    let mut watch = Meddling {
+        then: meddle,
+        grown: 0,
+    };
+    let mut scratch = vec![0; size];
+    let sent = send_all(&mut sender, file.as_raw_fd(), &mut scratch, &mut watch);
+    hold(&region, &layout, 0);
+    let mut receiver = Receiver::attach(region, &layout, 0, b).unwrap();
+    let mut position = Position::default();
+    let received = receive_bytes(&mut receiver, Accept::default(), &mut position);
+    (sent, watch.grown, received)
+}
+
+/// Returns a file with some content, at its start.
+fn file_with(bytes: &[u8]) -> File {
+    let mut file = file();
+    file.write_all(bytes).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+const SENDERS: [(bool, usize); 4] = [(false, 500), (false, 700), (true, 500), (true, 700)];
+
+/// As when `recv` writes the file, which it empties first.
+#[test]
+fn file_that_shrinks_ends_stream_incomplete() {
+    let content: Vec<u8> = (0..5000).map(|i| (i / 3) as u8).collect();
+    for how in SENDERS {
+        for (records, length) in [(1, 0), (3, 10), (3, 2345), (6, 4999)] {
+            let file = file_with(&content);
+            let (sent, grown, received) = send_file(&file, how, |sent| {
+                if sent == records {
+                    file.set_len(length).unwrap();
+                }
+            });
+            let whole = (records * how.1 as u64).max(length);
+            match sent {
+                Err(StreamError::Shrunk { missing, progress }) => {
+                    assert_eq!((missing, progress.bytes), (5000 - whole, whole));
+                }
+                sent => panic!("{how:?}, cut to {length}: {sent:?}"),
+            }
+            assert_eq!(grown, 0);
+            assert!(matches!(received.0, Err(StreamError::Incomplete(bytes)) if bytes == whole));
+            assert!(received.1 == content[..whole as usize]);
+        }
+    }
+}
+
+/// As when `recv` appends to the file.
+#[test]
+fn file_that_grows_is_sent_in_part() {
+    let content: Vec<u8> = (0..5000).map(|i| (i / 3) as u8).collect();
+    for how in SENDERS {
+        for start in [0, 4990, 5000, 6000] {
+            let mut file = file_with(&content);
+            let mut other = file.try_clone().unwrap();
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            let mut appended = File::options().append(true).open(path).unwrap();
+            other.seek(std::io::SeekFrom::Start(start)).unwrap();
+            let (sent, grown, received) = send_file(&file, how, |_| {
+                appended.write_all(&[7; 900]).unwrap();
+            });
+            let expected = content.get(start as usize..).unwrap_or_default();
+            assert_eq!(sent.unwrap().bytes, expected.len() as u64);
+            assert_eq!(grown, u32::from(!expected.is_empty()), "from {start}");
+            assert!(received.0.is_ok() && received.1 == expected);
+            // The further bytes are there for another reader.
+            assert_eq!(file.stream_position().unwrap(), start.max(5000));
+        }
+    }
+}
+
+/// The size of such a file is 0 in /proc, and 4096 in /sys.
+#[test]
+fn file_of_wrong_size_is_sent_whole() {
+    for path in [
+        "/proc/version",
+        "/proc/self/status",
+        "/sys/devices/system/cpu/online",
+    ] {
+        for how in SENDERS {
+            let file = File::open(path).unwrap();
+            let (sent, grown, received) = send_file(&file, how, |_| ());
+            let content = std::fs::read(path).unwrap();
+            let bytes = sent.unwrap().bytes;
+            assert_eq!((bytes, grown), (received.1.len() as u64, 0), "{path}");
+            assert!(received.0.is_ok());
+            match path {
+                // It has the use of memory, which changes meanwhile.
+                "/proc/self/status" => assert!(bytes > 700),
+                path => assert!(received.1 == content, "{path}"),
+            }
+        }
+    }
+}
+
+/// Such descriptors fail before the stream waits for the other end.
+#[test]
+fn stream_refuses_folder_and_wrong_access() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    while sender.send(Kind::DATA, &[0; 900], Some(Duration::ZERO)) == Ok(Sent::Committed) {}
+    let folder = File::open("/").unwrap();
+    for (source, expected) in [(&folder, libc::EISDIR), (&nowhere(), libc::EBADF)] {
+        let sent = send_all(&mut sender, source.as_raw_fd(), &mut [0; 900], &mut Hurried);
+        match sent {
+            Err(StreamError::Read(error)) => assert_eq!(error.raw_os_error(), Some(expected)),
+            sent => panic!("{sent:?}"),
+        }
+    }
+    let source = File::open("/dev/null").unwrap();
+    let (accept, mut position) = (Accept::default(), Position::default());
+    let target = source.as_raw_fd();
+    let received = receive(&mut receiver, target, accept, &mut position, &mut Hurried);
+    assert!(
+        matches!(received, Err(StreamError::Write { partial: 0, .. })),
+        "{received:?}"
+    );
 }

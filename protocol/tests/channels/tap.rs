@@ -2,17 +2,17 @@
 
 //! Taps on the heap: what they copy, what they miss, and how they count.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Deref;
 use std::rc::Rc;
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::Channel;
+use barlink_protocol::wire::layout::{Channel, Policy};
 use barlink_protocol::{AtomicU64, Consumer, Producer, ReserveError, Sight, Tap};
 use proptest::prelude::*;
 
-use crate::heap::{Heap, Memory, region, reset, rounds};
+use crate::heap::{Heap, Memory, region, region_of, reset, rounds};
 
 /// Returns the payload of the record that was committed as this number.
 pub fn payload(number: u64, length: usize) -> Vec<u8> {
@@ -353,5 +353,81 @@ fn tap_reports_reset_once() {
         stage.region.store(stage.entry.offset, generation + 1);
         assert_eq!(tap.look(), Sight::Nothing, "a reset is under way");
         stage.region.store(stage.entry.offset, generation);
+    }
+}
+
+/// Memory beside which a producer is faster than its reader: it calls a function before each look.
+#[derive(Clone)]
+struct Overtaken {
+    words: Memory,
+    commit: Rc<RefCell<dyn FnMut()>>,
+}
+
+impl Deref for Overtaken {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        (self.commit.borrow_mut())();
+        &self.words
+    }
+}
+
+/// Lets a tap begin and read while records are committed between any two of its looks, so that no
+/// commit note is ever whole. A guest reads noncached memory as slowly as that. The tap copies
+/// records, and its counts are exact, also if the producer skips numbers, or goes through most of
+/// the channel in each call.
+#[test]
+fn tap_reads_beside_faster_producer() {
+    // One in so many records comes behind a skipped number, and so many are committed before each
+    // look. The channel has room for 128 of them.
+    for (skips, hurry) in [(u64::MAX, 1), (50, 1), (u64::MAX, 3), (150, 3)] {
+        let (region, layout) = region_of(4096, Policy::Overwrite);
+        let entry = layout.channels()[0];
+        let words: Memory = (0..layout.region_size / 8)
+            .map(|_| AtomicU64::new(0))
+            .collect();
+        drop(region);
+        let mut producer = Producer::attach(Heap::new(words.clone()), &entry).unwrap();
+        let sent = Rc::new(Cell::new(0));
+        let count = Rc::clone(&sent);
+        let mut commit = move || {
+            if count.get() % skips == skips - 1 {
+                let _ = producer.skip(1).unwrap();
+            }
+            send(&mut producer, &payload(count.get(), 0)).unwrap();
+            count.set(count.get() + 1);
+        };
+        (0..200).for_each(|_| commit());
+        let commit = move || (0..hurry).for_each(|_| commit());
+        let memory = Overtaken {
+            words,
+            commit: Rc::new(RefCell::new(commit)),
+        };
+        let mut tap = Tap::attach(Region::new(memory), &entry);
+        // Number of records, and of skipped numbers, before the tap began.
+        let mut begun = None;
+        let (mut copied, mut failed) = (0, 0);
+        for round in 0..500 {
+            let before = sent.get();
+            let is_latest = round % 3 == 0;
+            let sight = match is_latest {
+                true => tap.look_at_newest(),
+                false => tap.look(),
+            };
+            let Some((number, sequence)) = copy(&mut tap, sight) else {
+                failed += 1;
+                continue;
+            };
+            copied += 1;
+            let skipped = sequence - number;
+            let now = (number + 1 - copied - tap.missed(), skipped - tap.dropped());
+            assert_eq!(
+                *begun.get_or_insert(now),
+                now,
+                "the counts of record {number}"
+            );
+            assert!(!is_latest || number + 1 >= before, "not the newest");
+        }
+        assert!(failed < 250, "{failed} of 500 looks failed");
     }
 }

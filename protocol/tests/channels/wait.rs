@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::heap::{Memory, region};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{
-    Consumer, Events, Notify, Producer, Receiver, Sender, Sent, Strategy, Wakeup,
+    ChannelError, Consumer, Events, Notify, Producer, Receiver, Sender, Sent, Strategy, Wakeup,
 };
 
 const MICROSECOND: Duration = Duration::from_micros(1);
@@ -394,4 +394,56 @@ fn wait_accepts_endless_durations() {
     script.goes_on(10_000 * MICROSECOND, Duration::MAX);
     assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
     assert_eq!(script.0.borrow().longest, 800 * MICROSECOND);
+}
+
+/// The events of a device that goes at some time.
+#[derive(Clone)]
+struct Leaving {
+    script: Script,
+    gone_at: Duration,
+}
+
+impl Events for Leaving {
+    type Error = Duration;
+
+    fn ring(&mut self) -> Result<(), Duration> {
+        Ok(())
+    }
+
+    fn sleep(&mut self, _timeout: Option<Duration>) -> Result<bool, Duration> {
+        panic!("it slept")
+    }
+
+    fn now(&self) -> Duration {
+        self.script.now()
+    }
+
+    fn check_device(&self) -> Result<(), Duration> {
+        match self.script.0.borrow().now {
+            now if now >= self.gone_at => Err(now),
+            _ => Ok(()),
+        }
+    }
+
+    fn can_spin(&self) -> bool {
+        true
+    }
+}
+
+/// An access to the memory of a device that is gone would end the process.
+#[test]
+fn spinning_end_notices_removal() {
+    let (region, layout) = region(4096, false);
+    let producer = Producer::attach(region.clone(), &layout.channels()[0]).unwrap();
+    let gone_at = 5_000 * MICROSECOND;
+    let leaving = Leaving {
+        script: Script::of(Other::Producer(producer)),
+        gone_at,
+    };
+    let mut receiver = Receiver::attach(region, &layout, 0, leaving).unwrap();
+    receiver.set_strategy(Strategy::SPIN);
+    match receiver.wait(None) {
+        Err(ChannelError::Events(now)) => assert!(now <= gone_at + 101 * MICROSECOND, "{now:?}"),
+        woken => panic!("{woken:?}"),
+    }
 }

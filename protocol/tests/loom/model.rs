@@ -75,6 +75,15 @@ pub fn overwriting() -> Channel {
     }
 }
 
+/// Returns a channel whose limit moves ahead of its records: two records of one word take a
+/// sixteenth of its capacity.
+pub fn stepping() -> Channel {
+    Channel {
+        capacity: 1024,
+        ..channel()
+    }
+}
+
 /// Returns a channel from the host to the guest.
 pub fn channel_to_guest() -> Channel {
     Channel {

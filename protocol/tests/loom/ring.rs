@@ -15,7 +15,9 @@ use loom::sync::Arc;
 use loom::sync::atomic::fence;
 use loom::thread;
 
-use crate::model::{Memory, Notifiers, Words, channel, model, overwriting, region, region_for};
+use crate::model::{
+    Memory, Notifiers, Words, channel, model, overwriting, region, region_for, stepping,
+};
 
 /// Attaches both ends of a channel from the guest to the host.
 fn ends(region: &Words) -> (Sender<Memory, Notifiers>, Receiver<Memory, Notifiers>) {
@@ -202,8 +204,68 @@ fn copy_needs_its_fence() {
     model(|| copy_beside_producer(&region().without(ModelFence::Copy)));
 }
 
-/// Reads the note of the newest commit beside a producer, as a tap does: what it finds between two
-/// equal cursors belongs to that cursor.
+/// Lets a producer write over the second of two records while a tap copies it. The limit covers
+/// both places since the first one was reserved. If `is_killed`, a producer that is killed behind
+/// that reservation has moved the limit, and its successor writes the records.
+fn copy_behind_moved_limit(region: &Words, is_killed: bool) {
+    let entry = stepping();
+    let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+    let mut consumer = Consumer::attach(region.clone(), &entry).unwrap();
+    let mut tap = Tap::attach(region.clone(), &entry);
+    let limit = || region.load(entry.offset + place::LIMIT);
+    // Two records, and two more to the end of the data area, of which only a word is written.
+    for (number, length) in [(0, 8), (1, 8), (2, 448), (3, 464)] {
+        let mut room = producer.reserve(length).unwrap();
+        room.write(0, &u64::to_le_bytes(number));
+        let _ = room.commit(Kind::DATA, length as u32, 0).unwrap();
+        if number == 0 {
+            assert_eq!(limit(), 2 * SPAN, "the limit is ahead");
+        }
+        assert!(consumer.poll().unwrap());
+        let _ = consumer.release();
+    }
+    assert!(matches!(tap.look(), Sight::Record(_)));
+    assert!(tap.copy(&mut [0; 8]));
+    assert!(matches!(tap.look(), Sight::Record(_)));
+    let its_region = region.clone();
+    let writer = thread::spawn(move || {
+        if is_killed {
+            drop(producer.reserve(8).unwrap());
+            producer = Producer::attach(its_region, &entry).unwrap();
+        }
+        for number in [4u64, 5] {
+            let mut room = producer.reserve(8).unwrap();
+            room.write(0, &number.to_le_bytes());
+            room.stage(Kind::DATA, 8, 0);
+        }
+        let _ = producer.publish();
+    });
+    let mut bytes = [0; 8];
+    if tap.copy(&mut bytes) {
+        assert_eq!(bytes, 1u64.to_le_bytes(), "torn");
+    }
+    writer.join().unwrap();
+    assert_eq!(limit(), 1024 + 2 * SPAN);
+}
+
+#[test]
+fn limit_ahead_of_records_precedes_their_bytes() {
+    for is_killed in [false, true] {
+        model(move || copy_behind_moved_limit(&region_for(stepping().capacity), is_killed));
+    }
+}
+
+#[test]
+#[should_panic(expected = "torn")]
+fn limit_ahead_of_records_needs_its_fence() {
+    model(|| {
+        let region = region_for(stepping().capacity);
+        copy_behind_moved_limit(&region.without(ModelFence::Limit), false);
+    });
+}
+
+/// Reads the note of the newest commit beside a producer, as a tap does. A note that is read
+/// between two equal cursors belongs to that cursor.
 #[test]
 fn note_between_equal_cursors_is_whole() {
     model(|| {
@@ -260,7 +322,8 @@ fn reset_beside_publish_repeats_no_record() {
                 Ok(found) => assert!(!found, "a record came again"),
                 Err(error) => assert!(matches!(error, Detached::Corrupt(_))),
             },
-            // The producer's cursor went back.
+            // The former producer stored its cursor after the reset, so the new end finds the
+            // channel corrupt.
             Err(_) => (),
         }
         writer.join().unwrap();
@@ -303,8 +366,120 @@ fn reset_beside_overwriting_producer_repeats_no_record() {
     assert!(!seen.contains(&0), "{seen:?}");
 }
 
-/// Looks for the newest record beside a producer. What a tap returns is whole, and its counts are
-/// exact, wherever the producer is.
+/// Number of times that something happened beside a stale producer.
+struct Beside {
+    /// A new end received the new producer's record.
+    received: Counter,
+    tapped: Counter,
+    /// A new end took the channel for corrupt.
+    corrupt: Counter,
+    /// A successor of the new producer goes on behind its record, or by a stale count.
+    counted: Counter,
+    miscounted: Counter,
+}
+
+impl Beside {
+    const fn new() -> Self {
+        Beside {
+            received: Counter::new(0),
+            tapped: Counter::new(0),
+            corrupt: Counter::new(0),
+            counted: Counter::new(0),
+            miscounted: Counter::new(0),
+        }
+    }
+}
+
+/// Resets a channel by force while its producer, which has sent two records, is anywhere in a
+/// commit. A new producer then sends a record, too, at another place of the data area.
+fn send_beside_stale_producer(entry: Channel, seen: &Beside) {
+    let region = region_for(entry.capacity);
+    let mut stale = Producer::attach(region.clone(), &entry).unwrap();
+    for number in 0..2 {
+        commit(&mut stale, number);
+    }
+    let writer = thread::spawn(move || {
+        if let Ok(mut room) = stale.reserve(8) {
+            room.write(0, &2u64.to_le_bytes());
+            let _ = room.commit(Kind::DATA, 8, 0);
+        }
+    });
+    assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+    let mut tap = Tap::attach(region.clone(), &entry);
+    let add = |counter: &Counter| _ = counter.fetch_add(1, Relaxed);
+    match Producer::attach(region.clone(), &entry) {
+        Ok(mut producer) => {
+            assert_eq!(producer.sequence(), 0);
+            commit(&mut producer, 7);
+        }
+        Err(_) => {
+            add(&seen.corrupt);
+            writer.join().unwrap();
+            return;
+        }
+    }
+    if entry.has_consumer() {
+        let attached = Consumer::attach(region.clone(), &entry).map_err(Detached::from);
+        let received = attached.and_then(|mut consumer| {
+            if consumer.poll()? {
+                let record = consumer.record().unwrap();
+                assert_eq!((record.header().sequence, record.word(0)), (0, 7));
+                add(&seen.received);
+            }
+            Ok(())
+        });
+        match received {
+            Ok(()) => (),
+            Err(Detached::Corrupt(_)) => add(&seen.corrupt),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    let mut bytes = [0; 8];
+    if let Sight::Record(header) = tap.look_at_newest()
+        && tap.copy(&mut bytes)
+    {
+        assert_eq!((header.sequence, bytes), (0, 7u64.to_le_bytes()));
+        add(&seen.tapped);
+    }
+    writer.join().unwrap();
+    match Producer::attach(region, &entry) {
+        Ok(producer) if producer.sequence() == 1 => add(&seen.counted),
+        Ok(producer) => {
+            // The stale producer has counted its third record in the note of the new one.
+            assert_eq!(producer.sequence(), 3);
+            add(&seen.miscounted);
+        }
+        Err(_) => add(&seen.corrupt),
+    }
+}
+
+/// Beside a producer that lives on through a reset, the new ends receive the new producer's record
+/// or find the channel corrupt, and never receive a record that it did not send.
+#[test]
+fn stale_producer_spoils_no_new_record() {
+    static SEEN: [Beside; 2] = [const { Beside::new() }; 2];
+    let four_records = || Channel {
+        capacity: 4 * SPAN,
+        ..channel()
+    };
+    model(move || send_beside_stale_producer(four_records(), &SEEN[0]));
+    model(|| send_beside_stale_producer(overwriting(), &SEEN[1]));
+    for (index, seen) in SEEN.iter().enumerate() {
+        let Beside {
+            received,
+            tapped,
+            corrupt,
+            counted,
+            miscounted,
+        } = seen;
+        let seen = [received, tapped, corrupt, counted, miscounted];
+        let seen = seen.map(|counter| counter.load(Relaxed));
+        assert!(!seen[index..].contains(&0), "{seen:?}");
+    }
+}
+
+/// Looks for the newest record beside a producer. Each record that a tap returns is whole, and its
+/// counts are exact, wherever the producer is.
 #[test]
 fn newest_record_is_whole_beside_producer() {
     static FOUND: Counter = Counter::new(0);

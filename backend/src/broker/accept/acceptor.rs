@@ -33,6 +33,8 @@ use crate::transport::{Departure, Rejection, Transport, TransportError};
 /// the time between two checks.
 const NOTICE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(1);
+/// The time for which a look waits for the reader of a ring.
+const SLOW_LOOK: Duration = Duration::from_millis(20);
 /// Pause after a connection for which the kernel has no descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -122,7 +124,8 @@ impl Acceptor {
             Ok(attendant) => attendant,
             Err(error) => return reject(vm, &error),
         };
-        // From here on its descriptors are closed by its own thread, or are the successor's.
+        // From here on the VM's own thread closes the descriptors that the VM sends, or a successor
+        // has them.
         if self.transport.receives_descriptors() {
             descriptors::permit(&vm);
         }
@@ -161,13 +164,25 @@ impl Acceptor {
                     present.is_some_and(|vm| !is_disconnected(&*vm))
                 }
                 Taken::Former { .. } => false,
-                Taken::Consumed { .. } => true,
+                Taken::Consumed { pid } => pid.is_some() || self.stays_consumed(start + NOTICE),
             };
             if stays || start.elapsed() > NOTICE {
                 return Err(taken);
             }
             thread::sleep(LOOK);
         }
+    }
+
+    /// Returns whether the slot's rings are consumed until a deadline. The kernel of a former VM
+    /// stops that shortly after the connection of its VMM, if the VMM is killed. The look takes
+    /// longer than that of [`Slot::occupy`], so that it also finds a process that reads the rings.
+    fn stays_consumed(&self, deadline: Instant) -> bool {
+        while self.slot.is_consumed(SLOW_LOOK) {
+            if Instant::now() > deadline {
+                return true;
+            }
+        }
+        false
     }
 
     /// Continues the session of a VM that a predecessor admitted. The slot of a VM that has left
@@ -237,7 +252,7 @@ type Attendant = Sender<(Arc<UnixStream>, Session)>;
 /// Gives a VM to its thread, and to a successor.
 fn hand_to(attendant: &Attendant, vm: Arc<UnixStream>, session: Session) {
     session.store_vm(vm.clone());
-    // The thread waits for this alone, so it receives it.
+    // The thread waits for this message and for nothing else, so the message is received.
     let _ = attendant.send((vm, session));
 }
 

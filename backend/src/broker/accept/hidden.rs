@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use crate::environment::variable;
 use crate::persistence;
 
 /// File in which the kernel lists the mounts of a process (`proc(5)`, "/proc/PID/mountinfo").
@@ -22,7 +23,7 @@ pub fn is_service() -> bool {
 /// Returns whether this process is a control process of a service that runs.
 pub fn is_control_process() -> bool {
     // The manager sets `MAINPID` for control processes only (`systemd.exec(5)`).
-    std::env::var_os("MAINPID").is_some()
+    variable("MAINPID").is_some()
 }
 
 /// Returns the setting of the unit that hides a path (`systemd.exec(5)`), if one does.

@@ -22,9 +22,10 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::umask;
 
 use super::hidden::{hiding_setting, is_service};
-use super::unreachable::listener_without_file;
+use super::unreachable::listener_at;
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
+use barlink::control::packet::{FOLDER, kind_of_file};
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
@@ -72,44 +73,69 @@ pub enum SocketError {
         /// The setting of the service.
         setting: &'static str,
     },
+    /// A parent of its folder is a file of another kind.
+    #[error("no folder for socket {path}: {file} is {what}; choose another path")]
+    NoParent {
+        /// The path.
+        path: PathBuf,
+        /// The file.
+        file: PathBuf,
+        /// The kind of file.
+        what: &'static str,
+    },
     /// A process listens there, and the file of its socket was removed.
     #[error(
-        "process {pid} listens at socket {path}, whose file was removed, perhaps with a run folder at logout: its VMs \
-         still use its region, so end them and it before you start another broker there"
+        "process {pid} listens at socket {path}, whose file was removed{}: its VMs still use its region, so end them and \
+         it before you start another broker there",
+        perhaps_replaced(*by)
     )]
     Unreachable {
         /// The path.
         path: PathBuf,
         /// The process.
         pid: i32,
+        /// The kind of file that has the path now.
+        by: Option<&'static str>,
     },
     /// A broker holds the lock, and the file of its socket was removed. The broker has another user
     /// or another mount namespace, so its process is not known.
     #[error(
-        "a broker has locked {lock}, and the file of its socket {path} was removed: its VMs still use its region, so end \
-         them and it before you start another broker there (`fuser {lock}` shows its process); a service is restarted \
-         instead"
+        "a broker has locked {lock}, and the file of its socket {path} was removed{}: its VMs still use its region, so \
+         end them and it before you start another broker there (`fuser {lock}` shows its process); a service is \
+         restarted instead",
+        replaced(*by)
     )]
     Locked {
         /// The path.
         path: PathBuf,
         /// The lock.
         lock: PathBuf,
+        /// The kind of file that has the path now.
+        by: Option<&'static str>,
     },
     /// The service's broker runs, and its socket has no file.
     #[error(
-        "the file of socket {path} of the running service was removed: restart the service (`systemctl restart`), which \
-         makes it again and keeps the region"
+        "the file of socket {path} of the running service was removed{}: {}restart the service (`systemctl restart`), \
+         which makes it again and keeps the region",
+        replaced(*by),
+        if by.is_some() { "remove that one, and " } else { "" }
     )]
     Removed {
         /// The path.
         path: PathBuf,
+        /// The kind of file that has the path now.
+        by: Option<&'static str>,
     },
     /// A file that is not a socket has that name.
-    #[error("{path} exists and is not a socket: choose another path, or remove it")]
+    #[error(
+        "{path} is {what}, which is not a socket: choose {}",
+        if *what == FOLDER { "a path in it" } else { "another path, or remove it" }
+    )]
     NotASocket {
         /// The path.
         path: PathBuf,
+        /// The kind of file.
+        what: &'static str,
     },
     /// A broker with the same control socket listens there.
     #[error(
@@ -151,11 +177,14 @@ pub enum SocketError {
     },
     /// Another program listens there.
     #[error(
-        "socket {path} is in use by a process that listens there: stop it, or choose another path"
+        "socket {path} is in use by {}: stop it, or choose another path",
+        pid.map_or("a process that listens there".to_owned(), |pid| format!("process {pid}, which listens there"))
     )]
     InUse {
         /// The path.
         path: PathBuf,
+        /// The process, if it is known.
+        pid: Option<i32>,
     },
     /// Two sockets have one path.
     #[error(
@@ -194,12 +223,37 @@ pub struct Listener {
 }
 
 /// The file `PATH.lock`. While it is locked, a broker listens at this path, which another broker
-/// can see without a connection. It is removed when this is dropped, unless the lock is kept.
+/// can see without a connection. It is removed when this is dropped, unless it is kept: a
+/// predecessor's belongs to the predecessor until this broker serves.
 #[derive(Debug)]
 struct Lock {
     path: PathBuf,
     file: Arc<File>,
-    kept: bool,
+    kept: AtomicBool,
+}
+
+/// What has the path of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// No file.
+    Nothing,
+    /// A socket that a process has, or one that this user may not examine.
+    Socket,
+    /// A socket whose process has ended.
+    StaleSocket,
+    /// Another kind of file.
+    Other(&'static str),
+}
+
+impl Found {
+    /// Names a file that is not the socket of a process.
+    fn other(self) -> Option<&'static str> {
+        match self {
+            Found::Nothing | Found::Socket => None,
+            Found::StaleSocket => Some("a socket of no process"),
+            Found::Other(what) => Some(what),
+        }
+    }
 }
 
 impl Listener {
@@ -227,19 +281,26 @@ impl Listener {
         let lock = Lock {
             path: lock_path(&path),
             file: Arc::new(lock_file.into()),
-            kept: true,
+            kept: AtomicBool::new(true),
         };
-        let found = std::fs::symlink_metadata(&path);
-        if found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            let kind = rustix::net::sockopt::socket_type(&socket);
-            let kind = kind.map_err(|error| failed(&path, error.into()))?;
-            warn!(
-                "the file of socket {} was removed, and is made again",
-                path.display()
-            );
-            return Self::renew(lock, &path, control, policy, kind);
+        let name = path.display();
+        match look(&path) {
+            Ok(found @ (Found::Nothing | Found::StaleSocket)) => {
+                let kind = rustix::net::sockopt::socket_type(&socket);
+                let kind = kind.map_err(|error| failed(&path, error.into()))?;
+                warn!("the file of socket {name} was removed, and is made again");
+                if found == Found::StaleSocket {
+                    std::fs::remove_file(&path).map_err(|source| failed(&path, source))?;
+                }
+                return Self::renew(lock, &path, control, policy, kind);
+            }
+            // The VMs and host apps that are connected are served.
+            Ok(Found::Other(what)) => warn!(
+                "no program can connect to socket {name}, because {what} has its name: remove that, and restart this broker"
+            ),
+            Ok(Found::Socket) | Err(_) => (),
         }
-        // A predecessor of another version may not have done so.
+        // A predecessor of another version may have permitted descriptors.
         descriptors::forbid(&socket);
         Ok(Listener {
             socket,
@@ -271,7 +332,7 @@ impl Listener {
 
     /// Gives the file the mode of a policy, which can differ from the predecessor's.
     pub fn apply(&self, policy: &Policy) {
-        // Each socket has a type.
+        // This call does not fail, because each socket has a type.
         let kind = rustix::net::sockopt::socket_type(&self.socket);
         let mode = mode(policy, kind.unwrap_or(SocketType::STREAM));
         match self.set_mode(mode) {
@@ -300,7 +361,7 @@ impl Listener {
         if !is_ours || metadata.permissions().mode() & 0o777 == mode {
             return Ok(());
         }
-        // The file that was examined, even if its name is another file's by now.
+        // Another file may have the name by now, so the examined file is named by its descriptor.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::fs::set_permissions(same, std::fs::Permissions::from_mode(mode))
     }
@@ -317,10 +378,11 @@ impl Listener {
 
     /// Checks that a path has a socket, for a broker that already listens there.
     pub fn check_file(path: &Path) -> Result<(), SocketError> {
-        match is_taken_by_a_socket(path)? {
-            true => Ok(()),
-            false => Err(SocketError::Removed {
+        match look(path)? {
+            Found::Socket => Ok(()),
+            found => Err(SocketError::Removed {
                 path: path.to_owned(),
+                by: found.other(),
             }),
         }
     }
@@ -371,7 +433,7 @@ impl Listener {
             socket,
             path: path.to_owned(),
             keeps_file: AtomicBool::new(false),
-            lock: lock.keep(),
+            lock,
         };
         // Connections inherit it from the listening socket.
         descriptors::forbid(&listener.socket);
@@ -385,9 +447,17 @@ impl Listener {
         &self.path
     }
 
-    /// Returns the paths of the socket and of its lock.
-    pub fn files(&self) -> [PathBuf; 2] {
-        [self.path.clone(), self.lock.path.clone()]
+    /// Returns the paths of the socket and of its lock, unless they are another program's files.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let found = self.path.symlink_metadata();
+        let has_socket = found.is_ok_and(|found| found.file_type().is_socket());
+        let named = self.lock.path.symlink_metadata();
+        let locked = self.lock.file.metadata();
+        let has_lock = named.is_ok_and(|named| locked.is_ok_and(|ours| is_same(&named, &ours)));
+        let socket = has_socket.then(|| self.path.clone());
+        socket
+            .into_iter()
+            .chain(has_lock.then(|| self.lock.path.clone()))
     }
 
     /// Returns the locked file that shows that a broker listens at this path.
@@ -395,9 +465,10 @@ impl Listener {
         Arc::clone(&self.lock.file)
     }
 
-    /// Keeps the file when this is dropped.
+    /// Keeps the file, and that of the lock, when this is dropped.
     pub fn keep_file(&self) {
         self.keeps_file.store(true, Ordering::Relaxed);
+        self.lock.kept.store(true, Ordering::Relaxed);
     }
 
     /// Accepts a connection, if one is there.
@@ -418,9 +489,9 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if !self.keeps_file.load(Ordering::Relaxed) {
-            // A file that another process has removed needs no removal.
+            // A file that another process has removed needs no removal. The lock's file is removed
+            // after this one.
             let _ = std::fs::remove_file(&self.path);
-            let _ = std::fs::remove_file(&self.lock.path);
         }
     }
 }
@@ -432,7 +503,7 @@ impl Lock {
         let lock = lock_path(path);
         loop {
             let mut file = open_lock(&lock).map_err(|error| error.of(path, &lock))?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match lock_alone(&file) {
                 Ok(()) => (),
                 Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
                 Err(error) => return Err(failed(path, error.into())),
@@ -448,24 +519,18 @@ impl Lock {
                     return Ok(Lock {
                         path: lock,
                         file: Arc::new(file),
-                        kept: false,
+                        kept: AtomicBool::new(false),
                     });
                 }
                 _ => continue,
             }
         }
     }
-
-    /// Keeps the file when this is dropped; the owner of the lock removes it.
-    fn keep(mut self) -> Self {
-        self.kept = true;
-        self
-    }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if !self.kept {
+        if !self.kept.load(Ordering::Relaxed) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -542,7 +607,7 @@ fn served(path: &Path, control: &Path, lock: &File) -> SocketError {
         return SocketError::Served { path };
     }
     match holder.as_os_str().is_empty() {
-        true => SocketError::InUse { path },
+        true => in_use(path),
         false => SocketError::ServedByAnother {
             path,
             control: holder,
@@ -569,11 +634,11 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
     }
     let address = SocketAddrUnix::new(&path).map_err(|_| too_long(&path))?;
     if is_service()
-        && let Some(setting) = hiding_setting(&path)
+        && let Some(setting) = hiding_setting(&resolve(&path))
     {
         return Err(SocketError::Hidden { path, setting });
     }
-    // Checked first, so that no lock is created beside another program's file.
+    // This check comes before the lock, so that no lock is created beside another program's file.
     check_reachable(&path)?;
     Ok((path, address))
 }
@@ -581,24 +646,61 @@ fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
 /// Checks that no broker listens at a socket whose file was removed.
 fn check_reachable(path: &Path) -> Result<(), SocketError> {
     let start = Instant::now();
-    while !is_taken_by_a_socket(path)? {
-        let pid = listener_without_file(path);
+    loop {
+        let found = look(path)?;
+        if found == Found::Socket {
+            return Ok(());
+        }
+        let pid = listener_at(path);
         let lock = lock_path(path);
         if pid.is_none() && !is_locked(&lock) {
-            break;
+            return match found {
+                Found::Other(what) => Err(not_a_socket(path, what)),
+                _ => Ok(()),
+            };
         }
         // A broker that ends in good order removes its files shortly before its end, and one that
         // starts takes the lock shortly before it has a socket.
         if start.elapsed() > END_TIME {
-            let path = path.to_owned();
+            let (path, by) = (path.to_owned(), found.other());
             return Err(match pid {
-                Some(pid) => SocketError::Unreachable { path, pid },
-                None => SocketError::Locked { path, lock },
+                Some(pid) => SocketError::Unreachable { path, pid, by },
+                None => SocketError::Locked { path, lock, by },
             });
         }
         std::thread::sleep(END_TIME / 20);
     }
-    Ok(())
+}
+
+/// Says which file has the name of a socket whose own file was removed.
+fn replaced(by: Option<&str>) -> String {
+    by.map_or(String::new(), |what| {
+        format!(" and {what} has its name now")
+    })
+}
+
+/// Says as [`replaced`] does which file has the name, and otherwise what may have removed the file.
+fn perhaps_replaced(by: Option<&str>) -> String {
+    match by {
+        None => ", perhaps with a run folder at logout".to_owned(),
+        by => replaced(by),
+    }
+}
+
+/// Takes a lock if no broker has it. A process that looks whether a broker has it
+/// ([`is_locked`]) shares the lock for an instant, and does not count.
+fn lock_alone(file: &File) -> Result<(), Errno> {
+    let start = Instant::now();
+    loop {
+        let locked = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
+        if locked != Err(Errno::WOULDBLOCK) || start.elapsed() > END_TIME {
+            return locked;
+        }
+        // A broker does not share it.
+        rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)?;
+        rustix::fs::flock(file, FlockOperation::Unlock)?;
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Returns whether a process holds a lock. A file that cannot be examined is none, and an error of
@@ -616,15 +718,43 @@ fn is_locked(lock: &Path) -> bool {
     locked == Err(Errno::WOULDBLOCK)
 }
 
-/// Returns whether a socket has that name. Another kind of file is an error.
-fn is_taken_by_a_socket(path: &Path) -> Result<bool, SocketError> {
+/// Looks at the file that has a path. Does not disturb a process that listens there.
+fn look(path: &Path) -> Result<Found, SocketError> {
     match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(source) => Err(failed(path, source)),
-        Ok(metadata) if metadata.file_type().is_socket() => Ok(true),
-        Ok(_) => Err(SocketError::NotASocket {
-            path: path.to_owned(),
-        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(source) => return Err(failed(path, source)),
+        Ok(metadata) if metadata.file_type().is_socket() => (),
+        Ok(metadata) => return Ok(Found::Other(kind_of_file(metadata.file_type()))),
+    }
+    // A socket for messages cannot connect to a listening one. The kernel looks first whether a
+    // process has the socket (`unix_find_bsd` in `net/unix/af_unix.c`).
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None);
+    let probe = probe.map_err(|error| failed(path, error.into()))?;
+    let address = SocketAddrUnix::new(path).map_err(|error| failed(path, error.into()))?;
+    match rustix::net::connect(&probe, &address) {
+        Err(Errno::CONNREFUSED) => Ok(Found::StaleSocket),
+        _ => Ok(Found::Socket),
+    }
+}
+
+/// Names the process that listens at a path, and is no broker or a broker without its lock.
+fn in_use(path: PathBuf) -> SocketError {
+    let pid = listener_at(&path);
+    SocketError::InUse { path, pid }
+}
+
+fn not_a_socket(path: &Path, what: &'static str) -> SocketError {
+    let path = path.to_owned();
+    SocketError::NotASocket { path, what }
+}
+
+/// Resolves the links of a path's folder. A folder that does not exist stays as it is.
+pub fn resolve(path: &Path) -> PathBuf {
+    let folder = path.parent().map(std::fs::canonicalize);
+    match (folder, path.file_name()) {
+        (Some(Ok(folder)), Some(name)) => folder.join(name),
+        _ => path.to_owned(),
     }
 }
 
@@ -644,8 +774,10 @@ fn bind(socket: &OwnedFd, address: &SocketAddrUnix, mode: u32) -> Result<(), Err
 
 /// Removes a socket that a dead process left behind.
 fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), SocketError> {
-    if !is_taken_by_a_socket(path)? {
-        return Ok(());
+    match look(path)? {
+        Found::Nothing => return Ok(()),
+        Found::Other(what) => return Err(not_a_socket(path, what)),
+        Found::Socket | Found::StaleSocket => (),
     }
     // Another program's socket has no lock, so a connection shows whether a process listens.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -655,23 +787,36 @@ fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), 
         Err(Errno::CONNREFUSED) => {
             std::fs::remove_file(path).map_err(|source| failed(path, source))
         }
-        _ => Err(SocketError::InUse {
-            path: path.to_owned(),
-        }),
+        _ => Err(in_use(path.to_owned())),
     }
 }
 
 fn failed(path: &Path, source: io::Error) -> SocketError {
     let path = path.to_owned();
     match source.kind() {
-        io::ErrorKind::NotFound => {
-            let folder = path.parent().unwrap_or(Path::new("/")).to_owned();
-            SocketError::NoFolder { path, folder }
-        }
+        io::ErrorKind::NotFound => match path.parent().unwrap_or(Path::new("/")) {
+            folder if folder.exists() => SocketError::Other { path, source },
+            folder => {
+                let folder = folder.to_owned();
+                SocketError::NoFolder { path, folder }
+            }
+        },
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             SocketError::Permission { path }
         }
-        io::ErrorKind::AddrInUse => SocketError::InUse { path },
+        io::ErrorKind::NotADirectory => {
+            let parents = path.ancestors().skip(1);
+            let files = parents.filter_map(|file| Some((file, file.metadata().ok()?)));
+            let found = files.map(|(file, found)| (file.to_owned(), found.file_type()));
+            match found.into_iter().next() {
+                Some((file, kind)) if !kind.is_dir() => {
+                    let what = kind_of_file(kind);
+                    SocketError::NoParent { path, file, what }
+                }
+                _ => SocketError::Other { path, source },
+            }
+        }
+        io::ErrorKind::AddrInUse => in_use(path),
         _ => SocketError::Other { path, source },
     }
 }
@@ -681,5 +826,43 @@ fn mode(policy: &Policy, kind: SocketType) -> u32 {
     match kind {
         SocketType::SEQPACKET => policy.control_mode(),
         _ => policy.vm_mode(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Opens the file of a lock as another process does.
+    fn open(path: &Path) -> File {
+        let mut options = OpenOptions::new();
+        options.create(true).append(true);
+        options.open(lock_path(path)).unwrap()
+    }
+
+    /// `serve --check` looks at the lock in the instant in which a broker starts.
+    #[test]
+    fn look_at_lock_prevents_no_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm.sock");
+        let look = open(&path);
+        rustix::fs::flock(&look, FlockOperation::LockShared).unwrap();
+        let looking = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(look);
+        });
+        let lock = Lock::take(&path, &path).unwrap();
+        looking.join().unwrap();
+        assert!(is_locked(&lock.path));
+        // A broker is no look, and is reported at once.
+        let start = Instant::now();
+        let taken = Lock::take(&path, &path);
+        assert!(
+            matches!(taken, Err(SocketError::Served { .. })),
+            "{taken:?}"
+        );
+        assert!(start.elapsed() < END_TIME);
+        drop(lock);
+        assert!(!lock_path(&path).exists());
     }
 }

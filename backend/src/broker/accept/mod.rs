@@ -10,4 +10,5 @@ mod unreachable;
 
 pub(super) use self::acceptor::Acceptor;
 pub(super) use self::hidden::is_control_process;
+pub(super) use self::listener::resolve;
 pub use self::listener::{Listener, SocketError};

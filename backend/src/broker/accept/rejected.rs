@@ -41,7 +41,7 @@ impl RejectedClients {
             clients.pop_front();
         }
         clients.push_back((client, rejection));
-        // A full eventfd rings, too.
+        // An error of this call does not matter, because a full eventfd wakes the thread as well.
         let _ = self.more.ring();
     }
 

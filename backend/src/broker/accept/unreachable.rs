@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Brokers whose sockets lost their files, for example because systemd removed the user's run
-//! folder at logout. Such a broker and its VMs run on, and no program can connect.
+//! Processes that listen at a path, also at one whose file was removed, for example by systemd with
+//! the user's run folder at logout. Such a broker and its VMs run on, and no program can connect.
 
 use std::fs::read_link;
 use std::os::fd::OwnedFd;
@@ -17,7 +17,7 @@ const LISTENS: u64 = 0x10000;
 
 /// Returns the process of this user that listens at a path, if it is in the same mount namespace.
 /// The kernel lists a socket by its path even without the file (`proc(5)`, "/proc/net/unix").
-pub fn listener_without_file(path: &Path) -> Option<i32> {
+pub fn listener_at(path: &Path) -> Option<i32> {
     // Without the list, no such process is known.
     let list = std::fs::read("/proc/net/unix").ok()?;
     let inodes: Vec<_> = list

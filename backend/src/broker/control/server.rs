@@ -38,7 +38,7 @@ use barlink::control::packet::PacketSocket;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a connection for which the kernel has no descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
-// Clients have small numbers.
+// Numbers of clients count from 1, so no client has one of these.
 const STOP: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
 /// Flag beside the number of a client: the client's process has ended.
@@ -151,7 +151,7 @@ pub fn serve(
         });
         match watched {
             Ok(()) => (),
-            // Linux has answered so, and answers so now, for a process that has ended.
+            // The process has ended. Each version of Linux reports that by one of these errors.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) => {
                 unwatch(&client);
                 log_departure(client.peer, &state.roster.release_all(id), None);
@@ -202,7 +202,8 @@ pub fn serve(
                         }
                     }
                     if has_ended && matches!(next, Next::Stays) {
-                        // Only processes that it forked have the connection.
+                        // Only processes that the client's process forked can still have the
+                        // connection.
                         next = Next::Leaves(None);
                     }
                     match next {
@@ -297,8 +298,8 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         .ok()
 }
 
-/// Returns the most access that a predecessor's host app can have from now on. One that is no
-/// longer admitted goes on with what it has.
+/// Returns the most access that a predecessor's host app can have from now on. A host app that is
+/// no longer admitted keeps the access that it has.
 fn most_access(state: &BrokerState, peer: Peer, socket: &PacketSocket) -> Access {
     let access = state.policy.access(peer, socket);
     access.unwrap_or(Access::ReadOnly)
@@ -337,8 +338,8 @@ fn log_departure(peer: Peer, held: &[String], error: Option<&io::Error>) {
     }
 }
 
-/// Disconnects a host app that holds ends. It receives no more, and what it sends is no longer
-/// answered.
+/// Disconnects a host app that holds ends. It receives nothing more, and its requests get no
+/// answers.
 fn part(client: &mut Client, error: &io::Error) {
     let peer = client.peer;
     client.is_parted = true;
@@ -398,13 +399,14 @@ fn handle(
         };
     }
     if ask.is_ok() && !std::mem::replace(&mut client.active, true) {
-        // From here on it can hold an end.
+        // From here on the client can hold an end.
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
     }
     let ask = ask.and_then(|ask| permitted(client, ask));
     if let Ok(Ask::Attach { access }) = ask {
-        // Before the answer, because a broker that is killed behind it leaves a successor.
+        // The access is stored before the answer is sent, because a broker that is killed after the
+        // answer leaves it to its successor.
         state.roster.set_access(id, access);
         client.access = access;
     }

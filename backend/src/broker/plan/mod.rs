@@ -46,7 +46,8 @@ pub fn plan(
             |size: &u64| *size > 0 && plan(*size, slots, vectors, channels, reserve).is_ok();
         let candidates: Vec<_> = [above / 2, above].into_iter().filter(possible).collect();
         if candidates.is_empty() {
-            // No size around it is possible, so that error comes first.
+            // Neither power of two beside the size is possible. The reason for that matters more
+            // than that the size is no power of two, so it is the error.
             plan(above, slots, vectors, channels, reserve).map_err(|error| match error {
                 PlanError::TooSmall { needed, .. } => PlanError::TooSmall { size, needed },
                 PlanError::TooLarge { memory, .. } => PlanError::TooLarge { size, memory },
@@ -200,7 +201,8 @@ mod tests {
         assert_eq!(layout.vectors, 3 + 4);
         let given = super::plan(4 << 20, 1, 2, &[], reserve).unwrap();
         assert_eq!(given.vectors, 2 + 4);
-        // A running region fits its plan also with added channels, and no other plan.
+        // A running region fits its plan, also when channels were added to it. It fits no other
+        // plan.
         let mut running = layout.clone();
         let name = Name::new("added").unwrap();
         let offset = layout.room().0;

@@ -127,7 +127,8 @@ impl<'a> HandOverLocks<'a> {
         let hand_over = state.hand_over_lock.try_write_until(deadline)?;
         let slots = &state.slots;
         let mut sessions: Vec<_> = slots.iter().map(|_| None).collect();
-        // In rounds, so that a session within a message does not use up the time of the others.
+        // The locks are tried in rounds, so that a session within a message does not use up the
+        // time of the others.
         loop {
             for (slot, session) in slots.iter().zip(&mut sessions) {
                 if session.is_none() {
@@ -171,7 +172,8 @@ fn converse(
         match (receive(successor, deadline)?, last) {
             (Ask::HandOver, false) => (),
             (Ask::Retire, true) => {
-                // After the answer the successor makes the changes of a session that ends here.
+                // From the answer on, the successor makes all changes of the state. So the state is
+                // quiesced before.
                 let quiesced = state.quiesce();
                 reply::send(successor, Answer::Done, &[])?;
                 quiesced.for_ever();

@@ -13,7 +13,7 @@ use barlink_protocol::wire::layout::{INSTANCE_BYTES, Identity, Instance, Layout}
 use barlink_protocol::{state, table};
 use log::warn;
 
-use crate::broker::accept::{Listener, SocketError};
+use crate::broker::accept::{Listener, SocketError, resolve};
 use crate::broker::error::BrokerError;
 use crate::broker::plan::{broker_name, fits};
 use crate::broker::policy::Policy;
@@ -72,9 +72,9 @@ pub fn check_paths<'a>(
     control: &Path,
     slots: impl IntoIterator<Item = &'a Path>,
 ) -> Result<(), SocketError> {
-    let mut seen = vec![absolute(control)];
+    let mut seen = vec![resolve(&absolute(control))];
     for path in slots {
-        let place = absolute(path);
+        let place = resolve(&absolute(path));
         if seen.contains(&place) {
             let path = path.to_owned();
             return Err(SocketError::Twice { path });
@@ -231,7 +231,8 @@ impl Parts {
         let region = shared_region(layout, memory, eventfds)?;
         // A predecessor may have been killed after it stored a new channel.
         table::publish(region.words(), region.layout(), 0);
-        // Last, because a predecessor continues if its successor fails.
+        // The modes are changed after all that can fail, because a predecessor continues if its
+        // successor fails.
         for listener in parts.iter().map(|slot| &slot.listener).chain([&control]) {
             listener.apply(policy);
         }

@@ -317,8 +317,8 @@ impl<'a> GuestMemory<'a> {
 /// another file with seals, of a tmpfs or hugetlbfs, whose server is the kernel. It must have the
 /// range.
 fn identify(descriptor: &OwnedFd, range: &Range) -> Result<Option<FileId>, Fault> {
-    // The seals first: on another file system, such as a FUSE, all other calls could wait for its
-    // server.
+    // The seals are read first, because on another file system, such as a FUSE, all other calls
+    // could wait for the file system's server.
     let has_seals = rustix::fs::fcntl_get_seals(descriptor).is_ok();
     let mode = rustix::fs::fcntl_getfl(descriptor).map(|flags| flags & OFlags::ACCMODE);
     if !has_seals || mode == Ok(OFlags::WRONLY) {

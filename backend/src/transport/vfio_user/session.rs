@@ -48,7 +48,7 @@ pub fn run(
     let epoll = watch(vm, slot).map_err(TransportError::Receive)?;
     let mut events = [EpollEvent::default(); EVENTS];
     let start = Instant::now();
-    // Whether requests may be left whose ring was received.
+    // True if the queue may have requests that no further ring announces.
     let mut more = false;
     loop {
         let mut timeout =
@@ -76,7 +76,8 @@ pub fn run(
         if !has_message && !has_request {
             continue;
         }
-        // Held until the reply is sent: a successor must not find half a message.
+        // The lock is held until the reply is sent, because a successor must not find half a
+        // message.
         let lock = slot.lock_session();
         if has_request {
             let requests = (0..REQUESTS_A_ROUND).map_while(|_| slot.requests().take());
@@ -105,8 +106,8 @@ pub fn run(
             Err(error) => Err(error),
         };
         if answered.is_err() {
-            // Before the lock is released, so that a successor finds a client that has left, and
-            // not half a message.
+            // The client is disconnected before the lock is released, so that a successor finds a
+            // client that has left, and not half a message.
             disconnect(vm);
         }
         drop(lock);

@@ -93,14 +93,14 @@ impl Device {
         let own = self.slot.region().eventfds(self.slot.id());
         let vectors = (VECTOR..).zip(own);
         let vectors = vectors.map(|(event, eventfd)| (&**eventfd, event));
-        // The event that ends the worker first, in case there is no room for all.
+        // The event that ends the worker comes first, in case the daemon has no room for all.
         std::iter::once((&self.nudge, NUDGE)).chain(vectors)
     }
 
     /// Ends the worker.
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
-        // A full eventfd rings, too.
+        // An error of this call does not matter, because a full eventfd wakes the worker as well.
         let _ = self.nudge.ring();
     }
 
@@ -141,7 +141,7 @@ impl Device {
         let memory = self.slot.region().memory(Access::ReadWrite);
         let mapped = channel.shmem_map(&region, &**memory);
         let mut run = self.run.lock();
-        // Whether there was a stop before this start, and none after it.
+        // True if there was a stop before this start, and none after it.
         let was_stopped = run.start == start && run.running && std::mem::take(&mut run.stopped);
         drop(run);
         // A missing region does not end the session, because QEMU would end, too.
@@ -159,7 +159,7 @@ impl Device {
                 self.warn("its VMM does not map the region");
             }
             Err(Ok(error)) => return Err(error.into()),
-            // Not an answer of the VMM: it has not negotiated the feature.
+            // This error is not an answer of the VMM, which has not negotiated the feature.
             Err(Err(_)) => self.warn("its VMM cannot map the region: QEMU 11.1 can"),
         }
         Ok(())
@@ -275,7 +275,8 @@ impl VhostUserBackend for Device {
     }
 
     fn features(&self) -> u64 {
-        // The first request of each client, so this is the thread that answers messages.
+        // Each client sends this request first, so the thread that runs this is the one that
+        // answers messages.
         guard_this_thread(&self.over);
         VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }

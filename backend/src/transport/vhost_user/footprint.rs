@@ -94,7 +94,7 @@ mod tests {
         for page in 2..MOST as u64 {
             grow(page * PAGE).unwrap();
         }
-        // All of them again, and no others.
+        // The pages that were counted can be accessed again, and no others can.
         for page in 0..MOST as u64 {
             grow(page * PAGE + 8).unwrap();
         }
@@ -102,7 +102,7 @@ mod tests {
         grow(beyond).unwrap_err();
         grow(beyond - 2).unwrap_err();
         grow(u64::MAX).unwrap_err();
-        // Addresses without memory.
+        // Addresses without memory do not count.
         grow(2 * SIZE).unwrap();
     }
 

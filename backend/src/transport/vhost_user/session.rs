@@ -63,7 +63,7 @@ pub fn run(vm: &UnixStream, slot: &Arc<Slot>) -> Result<Departure, TransportErro
     let guard = Guard::new(slot, vm, &client).map_err(TransportError::Receive);
     let departure = guard.and_then(|guard| guard.run(&over));
     if departure.is_err() {
-        // Without a guard the client is still connected.
+        // If the guard could not be made, the client is still connected.
         let _ = client.shutdown(Shutdown::Both);
     }
     // In any case the daemon ends before the slot is another VM's.

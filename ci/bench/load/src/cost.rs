@@ -7,15 +7,17 @@
 //! this process, which would count their instructions if they ran.
 
 use std::hint::black_box;
+use std::ops::Deref;
 
 use anyhow::{Context, Result, ensure};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{Sight, Wakeup};
+use barlink_protocol::wire::layout::Policy;
+use barlink_protocol::{AtomicU64, Events, Sender, Sight, Tap, Wakeup};
 use clap::{Args, ValueEnum};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
 
-use crate::ring::Ends;
+use crate::ring::{Alone, Ends};
 use crate::stream::sum_of;
 
 /// A tap of the channel, which does not run while instructions are counted.
@@ -45,6 +47,12 @@ pub struct Cost {
     /// Give each record its time, so that the clock is not read
     #[arg(long, conflicts_with_all = ["batch", "in_place"])]
     stamped: bool,
+    /// Count the producer alone
+    #[arg(long, requires = "stamped")]
+    produce: bool,
+    /// Send over a channel that overwrites, which has a producer alone
+    #[arg(long, requires = "stamped", conflicts_with = "produce")]
+    overwrite: bool,
     /// Have a tap beside the two ends
     #[arg(long, value_enum)]
     tap: Option<Beside>,
@@ -53,6 +61,9 @@ pub struct Cost {
 impl Cost {
     /// Stops with SIGSTOP, sends and receives, and stops again.
     pub fn run(&self) -> Result<()> {
+        if self.overwrite {
+            return self.run_alone();
+        }
         let mut ends = Ends::new()?;
         let mut tap = self.tap.map(|_| ends.tap());
         let Ends {
@@ -63,18 +74,58 @@ impl Cost {
         let _ = sender.send(Kind::DATA, &record, None)?;
         receiver.wait(None)?;
         receiver.release()?;
-        if let (Some(Beside::Stopped), Some(tap)) = (self.tap, &mut tap) {
-            let mut copy = vec![0; self.record_size];
-            let is_found = matches!(tap.look(), Sight::Record(_));
-            ensure!(is_found && tap.copy(&mut copy), "the tap copies no record");
-        }
+        self.stop(&mut tap)?;
         let rings = ends.rings();
         ptrace::traceme()?;
         raise(Signal::SIGSTOP)?;
         self.move_records(&mut ends, &record)?;
         raise(Signal::SIGSTOP)?;
         ensure!(ends.rings() == rings, "an end rang");
-        drop(tap);
+        black_box(&tap);
+        Ok(())
+    }
+
+    /// Does the same with the producer of a channel that overwrites.
+    fn run_alone(&self) -> Result<()> {
+        let mut alone = Alone::new(Policy::Overwrite)?;
+        let mut tap = self.tap.map(|_| alone.tap());
+        let record = vec![1; self.record_size];
+        let _ = alone.sender.send(Kind::DATA, &record, None)?;
+        self.stop(&mut tap)?;
+        ptrace::traceme()?;
+        raise(Signal::SIGSTOP)?;
+        self.stage_records(&mut alone.sender, &record)?;
+        raise(Signal::SIGSTOP)?;
+        black_box(&tap);
+        Ok(())
+    }
+
+    /// Lets a tap copy the first record, if it is to stop behind one.
+    fn stop<M>(&self, tap: &mut Option<Tap<M>>) -> Result<()>
+    where
+        M: Deref<Target = [AtomicU64]>,
+    {
+        if let (Some(Beside::Stopped), Some(tap)) = (self.tap, tap) {
+            let mut copy = vec![0; self.record_size];
+            let is_found = matches!(tap.look(), Sight::Record(_));
+            ensure!(is_found && tap.copy(&mut copy), "the tap copies no record");
+        }
+        Ok(())
+    }
+
+    /// Stages all records, and commits each one if it has a time of its own.
+    // One call of `stage` for all ways, so that it is inlined.
+    fn stage_records<M, E>(&self, sender: &mut Sender<M, E>, record: &[u8]) -> Result<()>
+    where
+        M: Deref<Target = [AtomicU64]> + Clone,
+        E: Events<Error: std::error::Error + Send + Sync + 'static>,
+    {
+        for _ in 0..self.records {
+            let _ = sender.stage(Kind::DATA, record, None, 0)?;
+            if self.stamped {
+                sender.publish()?;
+            }
+        }
         Ok(())
     }
 
@@ -83,14 +134,11 @@ impl Cost {
             sender, receiver, ..
         } = ends;
         if self.batch || self.stamped {
-            // One call of `stage` for both, so that it is inlined.
-            for _ in 0..self.records {
-                let _ = sender.stage(Kind::DATA, record, None, 0)?;
-                if self.stamped {
-                    sender.publish()?;
-                }
-            }
+            self.stage_records(sender, record)?;
             sender.publish()?;
+            if self.produce {
+                return Ok(());
+            }
             for _ in 0..self.records {
                 if receiver.wait(None)? == Wakeup::Ready {
                     receiver.advance();

@@ -73,7 +73,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Returns what each process used in that time.
+    /// Returns the processor time and the switches of each process during that time.
     pub fn run(&self) -> Result<Vec<Used>> {
         let look = || -> Result<Vec<Used>> { self.processes.iter().map(|id| used(*id)).collect() };
         let before = look()?;
@@ -90,7 +90,7 @@ impl Watch {
     }
 }
 
-/// Returns what a process has used since its start.
+/// Returns the processor time and the switches of a process since its start.
 fn used(process: i32) -> Result<Used> {
     let clock = clock_getcpuclockid(Pid::from_raw(process));
     let clock = clock.with_context(|| format!("process {process} has no clock"))?;

@@ -37,6 +37,8 @@ enum Work {
     Receive {
         #[command(flatten)]
         end: End,
+        #[command(flatten)]
+        receive: Receive,
     },
     /// Ask through a pair of channels
     Ask {
@@ -88,10 +90,10 @@ enum Work {
         #[arg(long)]
         record_size: usize,
     },
-    /// Read the newest value of a channel on the host as a tap
+    /// Read the newest value of a channel as a tap
     Newest {
         #[command(flatten)]
-        end: HostEnd,
+        end: End,
         /// Bytes of a value, a multiple of 8
         #[arg(long)]
         record_size: usize,
@@ -225,9 +227,9 @@ fn main() -> Result<()> {
             Some(path) => tell(&send.run(attach(path)?.sender(&end.channel)?.into_ring())?),
             None => tell(&send.run(end.place.open()?.sender(&end.channel)?.into_ring())?),
         },
-        Work::Receive { end } => match &end.place.control {
-            Some(path) => tell(&Receive {}.run(attach(path)?.receiver(&end.channel)?.into_ring())?),
-            None => tell(&Receive {}.run(end.place.open()?.receiver(&end.channel)?.into_ring())?),
+        Work::Receive { end, receive } => match &end.place.control {
+            Some(path) => tell(&receive.run(attach(path)?.receiver(&end.channel)?.into_ring())?),
+            None => tell(&receive.run(end.place.open()?.receiver(&end.channel)?.into_ring())?),
         },
         Work::Ask { pair, ask } => tell(&if let Some(path) = &pair.place.control {
             let host = attach(path)?;
@@ -343,14 +345,35 @@ fn attach(path: &Path) -> Result<Attachment, Error> {
 
 impl HostEnd {
     fn tap(&self) -> Result<Tap, Error> {
-        let options = AttachOptions::new().access(Access::ReadOnly);
-        options.connect_path(&self.control)?.tap(&self.channel)
+        read_only_tap(&self.control, &self.channel)
     }
 }
 
+impl End {
+    fn tap(&self) -> Result<Tap, Error> {
+        let (channel, place) = (&self.channel, &self.place);
+        match &place.control {
+            Some(path) => read_only_tap(path, channel),
+            None => {
+                let options = OpenOptions::new().access(Access::ReadOnly);
+                options.open(place.device())?.tap(channel)
+            }
+        }
+    }
+}
+
+fn read_only_tap(control: &Path, channel: &str) -> Result<Tap, Error> {
+    let options = AttachOptions::new().access(Access::ReadOnly);
+    options.connect_path(control)?.tap(channel)
+}
+
 impl Place {
+    fn device(&self) -> &Path {
+        self.device.as_deref().unwrap_or(Path::new(""))
+    }
+
     fn open(&self) -> Result<Device, Error> {
         let options = OpenOptions::new().cache(Cache::Same);
-        options.open(self.device.as_deref().unwrap_or(Path::new("")))
+        options.open(self.device())
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use barlink_protocol::region::Region;
 use barlink_protocol::state::{self, ChannelState};
 use barlink_protocol::wire::layout::{
-    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, Name, Policy, presence,
+    BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, Policy, presence,
 };
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Tap};
 use clap::Args;
@@ -32,7 +32,10 @@ impl Ring {
             sender, receiver, ..
         } = Ends::new()?;
         thread::scope(|scope| {
-            let receiving = scope.spawn(|| Receive {}.run(receiver));
+            let receive = Receive {
+                batch: self.send.batch,
+            };
+            let receiving = scope.spawn(move || receive.run(receiver));
             self.send.run(sender)?;
             let received = receiving.join();
             received.map_err(|_| anyhow!("the receiver panicked"))?
@@ -40,7 +43,65 @@ impl Ring {
     }
 }
 
-type Memory = Arc<[AtomicU64]>;
+type Memory = &'static [AtomicU64];
+
+/// Returns new memory of this size in bytes, which begins at a page as that of a region does, so
+/// that the words of a channel lie on the same lines. It lives as long as the process.
+fn memory(size: u64) -> Memory {
+    const PAGE: usize = 4096;
+    let count = size as usize / 8;
+    let words = (0..count + PAGE / 8).map(|_| AtomicU64::new(0));
+    let words = Vec::leak(words.collect());
+    let start = words.as_ptr().align_offset(PAGE);
+    &words[start..start + count]
+}
+
+/// The producer's end of a channel in this process's memory.
+pub(crate) struct Alone {
+    pub(crate) sender: Sender<Memory, Notifiers>,
+    region: Region<Memory>,
+    layout: Layout,
+    /// The doorbells of the other end.
+    other: Notifiers,
+}
+
+impl Alone {
+    pub(crate) fn new(policy: Policy) -> Result<Self> {
+        let channel = Channel {
+            name: Name::new("ring").context("a name that cannot be")?,
+            producer: 0,
+            consumer: match policy {
+                Policy::Overwrite => NO_PEER,
+                Policy::Wait | Policy::Drop => 1,
+            },
+            vector: 0,
+            policy,
+            offset: FIRST_FREE,
+            capacity: CAPACITY,
+        };
+        let size = (channel.end() + 4096).next_power_of_two();
+        let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
+        let region = Region::new(memory(size));
+        state::publish(&region, &layout);
+        // These words show that the VM and both ends are present, as the driver would write them.
+        region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
+        let page = layout.presence_page(0);
+        region.store(page + presence::EPOCH, 1);
+        region.store(page + presence::holder(0, End::Producer), 1);
+        let (one, other) = Notifiers::pair();
+        Ok(Alone {
+            sender: Sender::attach(region.clone(), &layout, 0, one)?,
+            region,
+            layout,
+            other,
+        })
+    }
+
+    /// Creates a tap of the channel.
+    pub(crate) fn tap(&self) -> Tap<Memory> {
+        Tap::attach(self.region.clone(), &self.layout.channels()[0])
+    }
+}
 
 /// Both ends of a channel in this process's memory.
 pub(crate) struct Ends {
@@ -52,28 +113,14 @@ pub(crate) struct Ends {
 
 impl Ends {
     pub(crate) fn new() -> Result<Self> {
-        let channel = Channel {
-            name: Name::new("ring").context("a name that cannot be")?,
-            producer: 0,
-            consumer: 1,
-            vector: 0,
-            policy: Policy::Wait,
-            offset: FIRST_FREE,
-            capacity: CAPACITY,
-        };
-        let size = (channel.end() + 4096).next_power_of_two();
-        let layout = Layout::new(size, 1, 1, channel.end(), 0, &[channel])?;
-        let memory: Memory = (0..size / 8).map(|_| AtomicU64::new(0)).collect();
-        let region = Region::new(memory);
-        state::publish(&region, &layout);
-        // These words show that the VM and both ends are present, as the driver would write them.
-        region.store(BROKER_PAGE + presence::CONNECTIONS, 1);
-        let page = layout.presence_page(0);
-        region.store(page + presence::EPOCH, 1);
-        region.store(page + presence::holder(0, End::Producer), 1);
-        let (one, other) = Notifiers::pair();
+        let Alone {
+            sender,
+            region,
+            layout,
+            other,
+        } = Alone::new(Policy::Wait)?;
         Ok(Ends {
-            sender: Sender::attach(region.clone(), &layout, 0, one)?,
+            sender,
             receiver: Receiver::attach(region.clone(), &layout, 0, other)?,
             channel: layout.channels()[0],
             region,

@@ -22,11 +22,31 @@ pub struct Send {
     /// Length of the timed part of the stream, in milliseconds
     #[arg(long)]
     time: u64,
+    #[command(flatten)]
+    pub(crate) batch: Batch,
 }
 
 /// Receives until the stream ends.
-#[derive(Debug)]
-pub struct Receive {}
+#[derive(Args, Debug)]
+pub struct Receive {
+    #[command(flatten)]
+    pub(crate) batch: Batch,
+}
+
+/// The records that an end commits or releases at once.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Batch {
+    /// Commit or release each record by itself, also a small one
+    #[arg(long)]
+    one_by_one: bool,
+}
+
+impl Batch {
+    /// Returns the least number of bytes of payload in a batch.
+    fn bytes(self) -> u64 {
+        if self.one_by_one { 1 } else { STRIDE }
+    }
+}
 
 impl Send {
     /// Copies the same bytes into the channel again and again.
@@ -39,17 +59,21 @@ impl Send {
         let words = (0..self.record_size as u64 / 8).map(|number| number.wrapping_mul(0x9E37_79B9));
         let record: Vec<u8> = words.clone().flat_map(u64::to_le_bytes).collect();
         let sum = words.fold(0, u64::wrapping_add);
-        let batch = STRIDE.div_ceil(self.record_size as u64);
+        let size = record.len() as u64;
+        let records = STRIDE.div_ceil(size);
+        let batch = self.batch.bytes().div_ceil(size);
         let mut flow = Flow::begin();
         while flow.lasts(self.time) {
+            // The clock is read once for many records, so that its cost is not that of the ring.
             let now = sender.time();
-            for _ in 0..batch {
-                // Without a time limit the call waits until there is room.
-                let _ = sender.stage(Kind::DATA, &record, None, now)?;
+            for _ in 0..records / batch {
+                for _ in 0..batch {
+                    // Without a time limit the call waits until there is room.
+                    let _ = sender.stage(Kind::DATA, &record, None, now)?;
+                }
+                sender.publish()?;
             }
-            sender.publish()?;
-            let bytes = batch * record.len() as u64;
-            flow.add(batch, bytes, sum.wrapping_mul(batch));
+            flow.add(records, records * size, sum.wrapping_mul(records));
         }
         let measured = flow.end();
         let _ = sender.send(Kind::END, &[], None)?;
@@ -65,6 +89,7 @@ impl Receive {
         E: Events<Error: std::error::Error + core::marker::Send + Sync + 'static>,
     {
         receiver.set_strategy(Strategy::STREAM);
+        let batch = self.batch.bytes();
         let mut flow = None;
         let mut released = 0;
         loop {
@@ -81,7 +106,7 @@ impl Receive {
             let flow = flow.get_or_insert_with(Flow::begin);
             flow.add(1, record.length() as u64, sum_of(record.words()));
             receiver.advance();
-            if flow.bytes() - released >= STRIDE {
+            if flow.bytes() - released >= batch {
                 released = flow.bytes();
                 receiver.release()?;
             }

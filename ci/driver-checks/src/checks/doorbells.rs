@@ -128,8 +128,8 @@ pub(super) fn interrupts_in_lock_step_are_never_lost() -> Result<()> {
     let start = Instant::now();
     for round in 0..rounds {
         if round % 1000 == 0 {
-            // Shows the host that the check goes on, because the host limits the time between two
-            // requests.
+            // Sends a request only to show the host that the check goes on, because the host limits
+            // the time between two requests.
             host::word(Region::Main, 0)?;
             ensure!(start.elapsed() < MOST, "only {round} in {MOST:?}");
         }

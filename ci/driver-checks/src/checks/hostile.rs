@@ -38,8 +38,8 @@ pub(super) fn hostile_superblocks_are_declined() -> Result<()> {
     unbind(Region::Main)?;
     let (mut declined, mut taken) = (0, 0);
     // Tries each used word of the superblock's head, and each word of the two entries of the
-    // channel table. `cargo xtask test` puts every third lie into each word, starting with another
-    // lie from word to word.
+    // channel table. `cargo xtask soak` puts each of `LIES` into each word. `cargo xtask test` puts
+    // every third one into a word, beginning with another one for the next word.
     let step = rounds(3, 1);
     for word in (0..21).chain(32..48) {
         for lie in LIES.into_iter().skip(word % step).step_by(step) {

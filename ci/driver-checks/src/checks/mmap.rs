@@ -80,7 +80,7 @@ pub(super) fn first_pages_cannot_be_written() -> Result<()> {
             let map = make(options, offset, length, ProtFlags::READ)?;
             assert_eq!(map.read(8), host::word(Region::Main, offset + 8)?);
             assert_eq!(ends(|| map.write(0, 1))?, Ended::By(Signal::SEGV));
-            // A child's copy, and one that was moved, are as the first.
+            // A child's copy of the mapping, and a moved mapping, have the same restrictions.
             child(|_| {
                 fails(map.protect(writable), Errno::ACCESS);
                 Ok(())

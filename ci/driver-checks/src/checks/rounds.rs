@@ -139,9 +139,10 @@ pub(super) fn device_goes_and_returns_while_used() -> Result<()> {
 /// Runs the rounds of this tier, with `kinds` kinds of rounds in turn.
 ///
 /// A complaint in the kernel log after a round is an error. In `cargo xtask soak` it is also an
-/// error if the objects of some kind grow at every count by as many as one leak in each round of
-/// one kind would add. A fifth is taken off that limit, because the objects that processors cache
-/// go up and down. If they grew by chance at each count of the rounds, further rounds show it.
+/// error if some kind of object grows at every count by at least as much as one leaked object in
+/// each round of one kind would make it grow. A fifth is taken off that limit, because the objects
+/// that processors cache go up and down. If they grew by chance at each count of the rounds,
+/// further rounds show it.
 pub(super) fn many_times(
     what: impl Display,
     kinds: usize,

@@ -15,11 +15,12 @@ use barlink_protocol::wire::layout::PAGE_SIZE as PAGE;
 use rustix::fs::{MemfdFlags, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::process::Pid;
 
 use crate::ask::{RAW, Region};
 use crate::binding::open;
 use crate::calls::{self, Mapping};
-use crate::process::{Child, child};
+use crate::process::{Child, Parent, child, memory_of};
 
 /// The document with the table, and the table's first line.
 const DOCUMENT: &str = include_str!("../../../../docs/driver.md");
@@ -30,6 +31,18 @@ struct Mapped<'a> {
     map: &'a Mapping,
     file: &'a dyn AsFd,
     fuse: &'a FuseFile,
+}
+
+impl Mapped<'_> {
+    /// Opens a file of the FUSE file system whose calls bypass the page cache by `O_DIRECT`.
+    fn direct(&self) -> std::io::Result<File> {
+        self.fuse.open(OFlags::DIRECT)
+    }
+
+    /// Opens a file of the FUSE file system that has no page cache.
+    fn uncached(&self) -> std::io::Result<File> {
+        self.fuse.open(OFlags::empty())
+    }
 }
 
 type Call = fn(&Mapped<'_>) -> Result<(), Error>;
@@ -49,77 +62,127 @@ impl From<std::io::Error> for Error {
     }
 }
 
-/// The calls, by their names in the table.
-const CALLS: &[(&str, Call)] = &[
-    ("`read`, `recv` into it", |mapped| {
-        let zero = File::open("/dev/zero")?;
-        mapped.map.read_from(zero.as_fd())?;
-        let (here, mut there) = UnixStream::pair()?;
-        there.write_all(b"bytes")?;
-        Ok(mapped.map.receive_from(here.as_fd())?)
-    }),
-    ("`write`, `send` from it", |mapped| {
-        let (_read, write) = rustix::pipe::pipe()?;
-        mapped.map.write_to(write.as_fd())?;
-        let (here, _there) = UnixStream::pair()?;
-        Ok(mapped.map.send_to(here.as_fd())?)
-    }),
+/// The rows of the table by their names, and the calls of each. All calls of a row have one result.
+const ROWS: &[(&str, &[Call])] = &[
+    ("`read`, `recv` into it", &[read, receive]),
+    ("`write`, `send` from it", &[write, send]),
     (
         "`read`, `write` of a file opened with `O_DIRECT`",
-        |mapped| {
-            let file = mapped.fuse.open(OFlags::DIRECT)?;
-            mapped.map.write_to(file.as_fd())?;
-            Ok(mapped.map.read_from(file.as_fd())?)
-        },
+        &[
+            |mapped| Ok(mapped.map.read_from(mapped.direct()?.as_fd())?),
+            |mapped| Ok(mapped.map.write_to(mapped.direct()?.as_fd())?),
+        ],
     ),
     (
         "`read`, `write` of a file on virtiofs without a page cache",
-        |mapped| {
-            let file = mapped.fuse.open(OFlags::empty())?;
-            mapped.map.write_to(file.as_fd())?;
-            Ok(mapped.map.read_from(file.as_fd())?)
-        },
+        &[
+            |mapped| Ok(mapped.map.read_from(mapped.uncached()?.as_fd())?),
+            |mapped| Ok(mapped.map.write_to(mapped.uncached()?.as_fd())?),
+        ],
     ),
-    ("`splice`, `sendfile` of the mapped file", |mapped| {
-        let (_read, write) = rustix::pipe::pipe()?;
-        Ok(calls::splice(mapped.file.as_fd(), write.as_fd())?)
-    }),
-    ("`vmsplice`", |mapped| {
-        let (_read, write) = rustix::pipe::pipe()?;
-        Ok(mapped.map.splice_to(write.as_fd())?)
-    }),
-    ("`io_uring` with registered buffers", |mapped| {
-        Ok(mapped.map.register_with_io_uring()?)
-    }),
-    ("`process_vm_readv` by another process", |mapped| {
-        Ok(mapped.map.read_by_another()?)
-    }),
-    ("`ptrace`, `/proc/PID/mem` by a debugger", |mapped| {
-        let memory = File::open("/proc/self/mem")?;
-        Ok(memory.read_exact_at(&mut [0; 8], mapped.map.address())?)
-    }),
-    ("`futex` between processes", |mapped| {
-        Ok(mapped.map.wait_at(false)?)
-    }),
-    ("`futex` with `FUTEX_PRIVATE_FLAG`", |mapped| {
-        Ok(mapped.map.wait_at(true)?)
-    }),
-    ("`msync`", |mapped| Ok(mapped.map.sync()?)),
-    ("`madvise` with `MADV_POPULATE_WRITE`", |mapped| {
-        Ok(mapped.map.advise(Advice::LinuxPopulateWrite)?)
-    }),
-    ("`madvise` with `MADV_DONTNEED`", |mapped| {
-        Ok(mapped.map.advise(Advice::LinuxDontNeed)?)
-    }),
-    ("`madvise` with `MADV_DONTFORK`", |mapped| {
-        Ok(mapped.map.advise(Advice::LinuxDontFork)?)
-    }),
-    ("`madvise` with `MADV_DOFORK`", |mapped| {
-        Ok(mapped.map.advise(Advice::LinuxDoFork)?)
-    }),
+    (
+        "`splice`, `sendfile` of the mapped file",
+        &[
+            |mapped| {
+                let (_read, write) = rustix::pipe::pipe()?;
+                Ok(calls::splice(mapped.file.as_fd(), write.as_fd())?)
+            },
+            |mapped| {
+                let (here, _there) = UnixStream::pair()?;
+                Ok(calls::send_file(mapped.file.as_fd(), here.as_fd())?)
+            },
+        ],
+    ),
+    (
+        "`vmsplice`",
+        &[|mapped| {
+            let (_read, write) = rustix::pipe::pipe()?;
+            Ok(mapped.map.splice_to(write.as_fd())?)
+        }],
+    ),
+    (
+        "`io_uring` with registered buffers",
+        &[|mapped| Ok(mapped.map.register_with_io_uring()?)],
+    ),
+    (
+        "`process_vm_readv`, `process_vm_writev` by another process",
+        &[
+            |mapped| by_another(mapped, |map, owner| Ok(map.read_of(owner)?)),
+            |mapped| by_another(mapped, |map, owner| Ok(map.write_of(owner)?)),
+        ],
+    ),
+    (
+        "`ptrace`, `/proc/PID/mem` by a debugger",
+        &[
+            |mapped| by_another(mapped, |map, owner| Ok(map.trace(owner)?)),
+            |mapped| {
+                by_another(mapped, |map, owner| {
+                    let memory = memory_of(owner.as_raw_pid().unsigned_abs());
+                    let memory = memory.map_err(|_| Errno::ACCESS)?;
+                    let mut word = [0; 8];
+                    memory.read_exact_at(&mut word, map.address())?;
+                    Ok(memory.write_all_at(&word, map.address())?)
+                })
+            },
+        ],
+    ),
+    (
+        "`futex` between processes",
+        &[|mapped| Ok(mapped.map.wait_at(false)?)],
+    ),
+    (
+        "`futex` with `FUTEX_PRIVATE_FLAG`",
+        &[|mapped| Ok(mapped.map.wait_at(true)?)],
+    ),
+    ("`msync`", &[|mapped| Ok(mapped.map.sync()?)]),
+    (
+        "`madvise` with `MADV_POPULATE_WRITE`",
+        &[|mapped| Ok(mapped.map.advise(Advice::LinuxPopulateWrite)?)],
+    ),
+    (
+        "`madvise` with `MADV_DONTNEED`",
+        &[|mapped| Ok(mapped.map.advise(Advice::LinuxDontNeed)?)],
+    ),
+    (
+        "`madvise` with `MADV_DONTFORK`",
+        &[|mapped| Ok(mapped.map.advise(Advice::LinuxDontFork)?)],
+    ),
+    (
+        "`madvise` with `MADV_DOFORK`",
+        &[|mapped| Ok(mapped.map.advise(Advice::LinuxDoFork)?)],
+    ),
     // This call is the last, because the kernel drops no pages that are locked.
-    ("`mlock`", |mapped| Ok(mapped.map.lock()?)),
+    ("`mlock`", &[|mapped| Ok(mapped.map.lock()?)]),
 ];
+
+fn read(mapped: &Mapped<'_>) -> Result<(), Error> {
+    Ok(mapped.map.read_from(File::open("/dev/zero")?.as_fd())?)
+}
+
+fn write(mapped: &Mapped<'_>) -> Result<(), Error> {
+    let (_read, write) = rustix::pipe::pipe()?;
+    Ok(mapped.map.write_to(write.as_fd())?)
+}
+
+fn receive(mapped: &Mapped<'_>) -> Result<(), Error> {
+    let (here, mut there) = UnixStream::pair()?;
+    there.write_all(b"bytes")?;
+    Ok(mapped.map.receive_from(here.as_fd())?)
+}
+
+fn send(mapped: &Mapped<'_>) -> Result<(), Error> {
+    let (here, _there) = UnixStream::pair()?;
+    Ok(mapped.map.send_to(here.as_fd())?)
+}
+
+/// Calls a function with the ID of another process that has the same mapping.
+fn by_another(
+    mapped: &Mapped<'_>,
+    call: impl Fn(&Mapping, Pid) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let other = child(Parent::wait).map_err(|_| Errno::CHILD)?;
+    call(mapped.map, other.pid())
+}
 
 /// A file of a FUSE file system, as virtiofs is one. A child process serves it.
 struct FuseFile {
@@ -279,13 +342,16 @@ pub(super) fn system_calls_use_region_as_documented() -> Result<()> {
     let fuse = FuseFile::new()?;
     let files: [&dyn AsFd; 2] = [&device, &memory];
     let mut found = BTreeMap::new();
-    for (name, call) in CALLS {
+    for (name, calls) in ROWS {
         let results = [0, 1].map(|side| {
-            outcome(&call(&Mapped {
+            let mapped = Mapped {
                 map: &maps[side],
                 file: files[side],
                 fuse: &fuse,
-            }))
+            };
+            let mut results: Vec<_> = calls.iter().map(|call| outcome(&call(&mapped))).collect();
+            results.dedup();
+            results.join(", ")
         });
         found.insert(*name, results);
     }

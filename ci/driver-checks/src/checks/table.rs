@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Checks of channels that are added while the driver has the device. The check writes the channel
-//! table itself, in the place of the broker or of a liar.
+//! table itself, in the place of the broker or of an attacker.
 
 use anyhow::Result;
 use barlink_protocol::wire::layout::{

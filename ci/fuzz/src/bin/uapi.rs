@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Fuzzes a guest app with a driver's description of its region. For any [`Info`], and any content
-//! of the part of the region that a process can map, the app gets an error or a layout that lies
-//! completely in the mapping.
+//! Fuzzes a guest program with a driver's description of its region. For any [`Info`], and any
+//! content of the part of the region that a process can map, the program gets an error or a layout
+//! that lies completely in the mapping.
 #![no_main]
 
 use barlink_fuzz::layout::{LayoutInput, check};

@@ -256,8 +256,7 @@ fn send(client: &UnixStream, bytes: &[u8], descriptors: &[RawFd]) {
     assert_eq!(sent.expect("the socket takes it"), bytes.len());
 }
 
-/// Reads all replies, which must be whole. For correct messages they must be exactly the expected
-/// ones.
+/// Reads all replies. Each must be whole, and those to correct messages must be the expected ones.
 fn hear(mut client: UnixStream, expected: Option<&Vec<(u16, u16)>>) {
     let mut heard = Vec::new();
     let end = client.read_to_end(&mut heard);

@@ -13,8 +13,8 @@ use crate::recipe::Recipe;
 use crate::sandbox::{Enter, Manifest};
 use crate::steps::Steps;
 
-/// Packages of any Debian, and the packages that barlink-dkms needs, whose installation takes
-/// minutes.
+/// Packages of an ordinary Debian, and the packages that barlink-dkms needs, because their
+/// installation takes minutes.
 const PACKAGES: &str = "systemd-sysv,udev,kmod,e2fsprogs,initramfs-tools,dkms,bc,bindgen,bison,dwarves,flex,gcc,libc6-dev,\
                         libelf-dev,libssl-dev,make,python3,rust-src,rustc,xz-utils";
 

@@ -14,20 +14,25 @@
 //! | `pace.rs` | random pauses |
 //! | `trap.rs` | death at a chosen point |
 //! | `produce.rs`, `consume.rs` | the two ends |
+//! | `overwrite.rs`, `tap.rs` | the producer of a channel that overwrites, and taps of it |
 
 mod consume;
 mod journal;
 mod notes;
+mod overwrite;
 mod pace;
 mod produce;
 mod random;
 mod record;
+mod tap;
 mod trap;
 
 pub use consume::consume;
 pub use notes::{Note, Notes};
+pub use overwrite::overwrite;
 pub use produce::produce;
 pub use random::Random;
+pub use tap::tap;
 pub use trap::{Point, Trap, Trapped};
 
 use barlink_protocol::cursor::Kind;

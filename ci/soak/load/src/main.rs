@@ -12,7 +12,7 @@ use anyhow::Result;
 use barlink::guest::{Cache, Device, DeviceError, OpenOptions};
 use barlink::host;
 use barlink::{Error, Side};
-use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, produce};
+use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, overwrite, produce};
 use barlink_driver_checks::make_second_node;
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
@@ -54,6 +54,8 @@ struct Place {
 enum Role {
     Producer,
     Consumer,
+    /// The producer of a channel that overwrites
+    Overwriter,
     /// Claims the producer's end, sends nothing, and rings the consumer without a pause
     Ringer,
 }
@@ -63,7 +65,7 @@ fn main() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let cli = Cli::parse();
     let end = match cli.end {
-        Role::Producer | Role::Ringer => End::Producer,
+        Role::Producer | Role::Overwriter | Role::Ringer => End::Producer,
         Role::Consumer => End::Consumer,
     };
     if let Some(path) = &cli.place.control {
@@ -119,7 +121,7 @@ fn open(first: &Path, second: Option<&Path>) -> Result<Device, Error> {
     }
 }
 
-/// Repeats an attempt while `passes` holds for its error.
+/// Repeats an attempt while it fails with an error that passes by itself, as `passes` tells.
 fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool) -> Result<T, X> {
     loop {
         match attempt() {
@@ -143,11 +145,14 @@ where
 {
     let notes = Notes::new(region.clone(), layout, channel);
     match role {
-        Role::Producer => {
+        Role::Producer | Role::Overwriter => {
             let trap = Trap::new(notes.clone(), End::Producer);
             let events = Trapped::new(events, trap.clone());
             let sender = Sender::attach(region, layout, channel, events)?;
-            produce(sender, &notes, &trap, seed)
+            match role {
+                Role::Overwriter => overwrite(sender, &notes, &trap, seed),
+                _ => produce(sender, &notes, &trap, seed),
+            }
         }
         Role::Consumer => {
             let trap = Trap::new(notes.clone(), End::Consumer);

@@ -20,6 +20,7 @@ pub enum Note {
     /// Number of records that the producer has committed; written after the commit.
     Sent,
     /// Number after that of the last delivered record; written before the release of that record.
+    /// Of a channel that overwrites: number of records up to the last one that a tap copied.
     Delivered,
     /// Number after that of the last released record; written after the release.
     Released,
@@ -39,8 +40,15 @@ pub enum Note {
     ProducerWoken,
     /// Number of the consumer's sleeps that ended by a ring.
     ConsumerWoken,
-    /// Number of rings of the process that only rings.
+    /// Number of rings that the process of the role `ringer` made.
     Rung,
+    /// Of a channel that overwrites: number of numbers that the producer has skipped; written after
+    /// the skip.
+    Skipped,
+    /// Number of records that a tap has copied.
+    Received,
+    /// Number of dropped records that a tap has counted.
+    Dropped,
 }
 
 /// The notes of one channel.

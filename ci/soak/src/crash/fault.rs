@@ -2,10 +2,9 @@
 
 //! The kinds of fault, and the transports over which each is done.
 //!
-//! A broker that is killed and never started again is not among them, because host apps can then no
-//! longer attach. Tests of their own show its effect on a VM:
-//! `stream_survives_death_of_broker` over ivshmem, and
-//! `vm_outlives_its_broker_until_it_reboots` over vfio-user.
+//! No fault kills a broker that is never started again, because host apps could then no longer
+//! attach. Tests of their own show its effect on a VM: `stream_survives_death_of_broker` over
+//! ivshmem, and `vm_outlives_its_broker_until_it_reboots` over vfio-user.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -24,26 +23,41 @@ pub enum Side {
     Guest,
 }
 
-/// One of the four ends.
+/// One of the six ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Role {
     /// The side on which it is.
     pub side: Side,
     /// Producer or consumer.
     pub end: End,
+    /// Whether its channel overwrites. Such a channel has a producer alone.
+    pub overwrites: bool,
 }
 
 impl Role {
-    /// All four ends.
-    pub const ALL: [Self; 4] = [
+    /// All six ends.
+    pub const ALL: [Self; 6] = [
         Self::new(Side::Host, End::Producer),
         Self::new(Side::Host, End::Consumer),
         Self::new(Side::Guest, End::Producer),
         Self::new(Side::Guest, End::Consumer),
+        Self::overwriting(Side::Host),
+        Self::overwriting(Side::Guest),
     ];
 
     const fn new(side: Side, end: End) -> Self {
-        Self { side, end }
+        Self {
+            side,
+            end,
+            overwrites: false,
+        }
+    }
+
+    const fn overwriting(side: Side) -> Self {
+        Self {
+            overwrites: true,
+            ..Self::new(side, End::Producer)
+        }
     }
 
     /// Returns the other end of its channel.
@@ -56,6 +70,8 @@ impl Role {
     /// Returns the name of its channel.
     pub fn channel(self) -> &'static str {
         match (self.side, self.end) {
+            (Side::Host, _) if self.overwrites => "newest-down",
+            (Side::Guest, _) if self.overwrites => "newest-up",
             (Side::Host, End::Producer) | (Side::Guest, End::Consumer) => "down",
             (Side::Guest, End::Producer) | (Side::Host, End::Consumer) => "up",
         }
@@ -68,7 +84,8 @@ impl fmt::Display for Role {
             Side::Host => "host",
             Side::Guest => "guest",
         };
-        write!(f, "{side} {}", self.end)
+        let overwriting = if self.overwrites { "overwriting " } else { "" };
+        write!(f, "{side} {overwriting}{}", self.end)
     }
 }
 
@@ -150,6 +167,8 @@ impl Fault {
         let mut all = Vec::new();
         for role in Role::ALL {
             let points: &[Point] = match role.end {
+                // It never rings.
+                End::Producer if role.overwrites => &[Point::BeforeCommit],
                 End::Producer => &[Point::BeforeCommit, Point::BeforeRing],
                 End::Consumer => &[
                     Point::BeforeDelivery,
@@ -162,7 +181,10 @@ impl Fault {
         }
         for role in Role::ALL {
             if role.side == Side::Host {
-                all.extend([Self::BothKilled(role), Self::BrokerAndEndKilled(role)]);
+                all.push(Self::BrokerAndEndKilled(role));
+                if !role.overwrites {
+                    all.push(Self::BothKilled(role));
+                }
             }
         }
         all.extend([

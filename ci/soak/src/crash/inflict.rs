@@ -11,7 +11,7 @@ use barlink_protocol::wire::layout::End;
 use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 
-use super::fault::{Fault, Role};
+use super::fault::{Fault, Role, Side};
 use super::scene::{LOOK, Scene, TIMEOUT};
 use super::watch::CHANNELS;
 use barlink_vm::COMMAND_TIMEOUT;
@@ -40,11 +40,13 @@ impl Scene<'_> {
             Fault::Killed(role) => {
                 let start = Instant::now();
                 self.worker(role)?.kill()?;
+                self.wait_for_newest(role)?;
                 self.go_on(start, role)
             }
             Fault::KilledAt(role, point) => {
                 let start = self.spring(role, point)?;
                 self.worker(role)?.wait_killed()?;
+                self.wait_for_newest(role)?;
                 self.go_on(start, role)
             }
             Fault::BothKilled(role) => {
@@ -226,12 +228,14 @@ impl Scene<'_> {
     }
 
     /// Returns the slots and claims as the broker reports them to a new host app. Checks that the
-    /// VM and both ends on the host are there.
+    /// VM and all ends on the host are there.
     fn roll(&self) -> Result<Value> {
         let status = self.broker.inspect()?["broker"].take();
         let roll = json!({ "slots": status["slots"], "claims": status["claims"] });
         let claims = roll["claims"].as_array().map(Vec::len);
-        ensure!(claims == Some(2), "two ends are on the host: {roll}");
+        let ends = Role::ALL.iter().filter(|role| role.side == Side::Host);
+        let ends = ends.count();
+        ensure!(claims == Some(ends), "{ends} ends are on the host: {roll}");
         ensure!(!roll["slots"][0]["vm"].is_null(), "the VM is there: {roll}");
         Ok(roll)
     }

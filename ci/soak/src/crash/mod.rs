@@ -9,6 +9,11 @@
 //! which would hide missing rings. So a round is over only once rings have woken every end. From
 //! then on only rings wake an end, and a lost ring shows as a stream that stands still.
 //!
+//! Two further channels, one from each side, overwrite. Their producers are killed, too, and skip
+//! numbers at times. Taps on the host copy what they can. The records that a tap has received and
+//! missed must be those that were sent, the records that it counts as dropped the numbers that were
+//! skipped, and the newest record must be there while its producer is dead.
+//!
 //! Over vfio-user the broker forwards every ring. So over vfio-user the broker is also killed and
 //! replaced while the guest rings without a pause. QEMU may wait for an answer in vain only if the
 //! broker was killed.
@@ -16,7 +21,7 @@
 //! | file | its one job |
 //! |---|---|
 //! | `fault.rs` | the kinds of fault |
-//! | `scene.rs` | the broker, the VM and the four ends, and waiting for them |
+//! | `scene.rs` | the broker, the VM, the six ends and the taps, and waiting for them |
 //! | `inflict.rs` | causing a fault, and the recovery after it |
 //! | `worker.rs` | one end: a process on the host or in the guest |
 //! | `watch.rs` | the notes and counters, as the host reads them |
@@ -93,7 +98,7 @@ pub fn crash(
         if outcome.is_err() {
             eprintln!("{}", scene.evidence());
         }
-        report.end(outcome, scene.watch().counts(), start.elapsed());
+        report.end(outcome, scene.watch(), start.elapsed());
         if !report.is_good() {
             break;
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::fault::Fault;
-use super::watch::Counts;
+use super::watch::{Counts, Overwritten, Watch};
 use barlink_vm::broker::Transport;
 
 /// The results of one run: see the module.
@@ -19,6 +19,7 @@ pub struct Report {
     rounds: usize,
     rows: Vec<Row>,
     total: Counts,
+    overwritten: Overwritten,
     time: Duration,
     /// The error that ended the run early.
     failure: Option<String>,
@@ -48,6 +49,7 @@ impl Report {
             rounds,
             rows: faults.iter().copied().map(row).collect(),
             total: Counts::default(),
+            overwritten: Overwritten::default(),
             time: Duration::ZERO,
             failure: None,
         }
@@ -71,9 +73,10 @@ impl Report {
     }
 
     /// Adds the outcome of a part of the rounds, and the counts of the whole part.
-    pub(super) fn end(&mut self, outcome: Result<()>, total: Counts, time: Duration) {
+    pub(super) fn end(&mut self, outcome: Result<()>, watch: &Watch, time: Duration) {
         self.failure = outcome.err().map(|error| format!("{error:#}"));
-        self.total += total;
+        self.total += watch.counts();
+        self.overwritten += watch.overwritten();
         self.time += time;
     }
 
@@ -106,6 +109,17 @@ impl fmt::Display for Report {
         let faults = self.faults();
         let cells = cells(faults, &self.total, Default::default());
         writeln!(f, "{}", line("all, and between the rounds", cells))?;
+        let Overwritten {
+            sent,
+            received,
+            missed,
+            skipped,
+        } = self.overwritten;
+        writeln!(
+            f,
+            "overwritten: {sent} records sent, of which a tap received {received} and missed \
+             {missed}; {skipped} numbers skipped"
+        )?;
         let (transport, seconds) = (self.transport, self.time.as_secs_f64());
         writeln!(f, "over {transport}, seed {}, {seconds:.0} s", self.seed)?;
         let left_out = Fault::left_out(transport).into_iter();

@@ -1,28 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker, the VM, and the four ends.
+//! The broker, the VM, the six ends, and the taps.
 
-use std::thread;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use barlink_crash_load::{Note, Random};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use barlink_crash_load::{Note, Random, tap};
 use barlink_driver_checks::complaint;
 use barlink_protocol::wire::layout::End;
 
 use super::fault::{Fault, Role, Side};
 use super::watch::{CHANNELS, DOORBELLS, Mark, Watch};
-use super::worker::Worker;
+use super::worker::{Worker, seed_of};
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
 /// Small channels, so that they are often full and often wrap, and a channel that is only rung.
-const ARGUMENTS: [&str; 6] = [
+const ARGUMENTS: [&str; 10] = [
     "--channel",
     "down=down,16K",
     "--channel",
     "up=up,16K",
+    "--channel",
+    "newest-down=down,16K,overwrite",
+    "--channel",
+    "newest-up=up,16K,overwrite",
     "--channel",
     "doorbells=up,4K",
 ];
@@ -45,6 +51,7 @@ const UNANSWERED: &str = "timed out";
 /// The broker, the VM and the ends: see the module. The fields are dropped in this order.
 pub struct Scene<'a> {
     workers: Vec<Worker>,
+    taps: Taps,
     pub(super) vm: Option<Vm>,
     watch: Watch,
     pub(super) broker: Broker,
@@ -73,6 +80,8 @@ impl<'a> Scene<'a> {
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
             workers: Vec::new(),
+            // Taps count from their beginning, so they begin before any record.
+            taps: Taps::start(&watch, seed),
             vm: None,
             watch,
             broker,
@@ -168,6 +177,19 @@ impl<'a> Scene<'a> {
         all.filter(|role| role.side == Side::Guest)
     }
 
+    /// Waits until a tap has copied the newest record of a producer that was killed. The record
+    /// stays until the next producer commits one.
+    pub fn wait_for_newest(&mut self, role: Role) -> Result<()> {
+        if !role.overwrites {
+            return Ok(());
+        }
+        // No process of this role is to go on meanwhile.
+        self.workers.retain(|worker| worker.role != role);
+        self.wait_until("the newest record is not found", |scene| {
+            Ok(scene.watch.is_at_newest(role.channel()))
+        })
+    }
+
     /// Waits until records come through that are newer than a mark.
     pub fn wait_beyond(&mut self, mark: &Mark) -> Result<()> {
         self.wait_until("a stream stands still", |scene| {
@@ -210,8 +232,9 @@ impl<'a> Scene<'a> {
         bail!("{otherwise}; {}", self.watch.describe())
     }
 
-    /// Returns an error if an end has ended, because no end does so by itself.
+    /// Returns an error if an end or a tap has ended, because none does so by itself.
     fn check_workers(&mut self) -> Result<()> {
+        self.taps.check()?;
         for worker in &mut self.workers {
             if worker.has_ended()? {
                 let ended = worker.wait()?;
@@ -264,6 +287,55 @@ impl<'a> Scene<'a> {
                 }
             }
         }
+        self.wait_until("the taps do not end", |scene| Ok(scene.taps.have_ended()))?;
+        self.taps.check()?;
         self.watch.check_totals()
+    }
+}
+
+/// Threads with taps of the channels that overwrite. They end with their channels' streams, or when
+/// this is dropped.
+struct Taps {
+    threads: Vec<(&'static str, Option<JoinHandle<Result<()>>>)>,
+    are_over: Arc<AtomicBool>,
+}
+
+impl Taps {
+    fn start(watch: &Watch, seed: u64) -> Self {
+        let are_over = Arc::new(AtomicBool::new(false));
+        let start = |(name, entry, notes)| {
+            let (region, are_over) = (watch.region(), Arc::clone(&are_over));
+            let seed = seed_of(name, seed);
+            let is_over = move || are_over.load(Ordering::Relaxed);
+            let work = move || tap(&region, &entry, &notes, seed, is_over);
+            (name, Some(thread::spawn(work)))
+        };
+        Self {
+            threads: watch.overwriting().map(start).collect(),
+            are_over,
+        }
+    }
+
+    fn have_ended(&self) -> bool {
+        let ended = |thread: &JoinHandle<_>| thread.is_finished();
+        let mut threads = self.threads.iter();
+        threads.all(|(_, thread)| thread.as_ref().is_none_or(ended))
+    }
+
+    /// Returns the error of a thread that has ended with one.
+    fn check(&mut self) -> Result<()> {
+        for (name, thread) in &mut self.threads {
+            if let Some(ended) = thread.take_if(|thread| thread.is_finished()) {
+                let ended = ended.join().map_err(|_| anyhow!("a tap panicked"))?;
+                ended.with_context(|| format!("the taps of {name}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Taps {
+    fn drop(&mut self) {
+        self.are_over.store(true, Ordering::Relaxed);
     }
 }

@@ -9,13 +9,14 @@ use anyhow::{Context, Result, ensure};
 use barlink::host::{self, Attachment};
 use barlink::memory::Mapping;
 use barlink_crash_load::{Note, Notes};
+use barlink_protocol::region::Region;
 use barlink_protocol::state::ChannelState;
 use barlink_protocol::wire::layout::Channel;
 
 use barlink_vm::broker::Broker;
 
-/// The names of the channels with records.
-pub const CHANNELS: [&str; 2] = ["down", "up"];
+/// The names of the channels with records: two with both ends, and two that overwrite.
+pub const CHANNELS: [&str; 4] = ["down", "up", "newest-down", "newest-up"];
 
 /// The name of the channel that is only rung.
 pub const DOORBELLS: &str = "doorbells";
@@ -39,6 +40,28 @@ impl Counts {
     /// Returns whether no record was lost, repeated or torn.
     pub fn are_good(&self) -> bool {
         self.lost == 0 && self.twice == 0 && self.torn == 0
+    }
+}
+
+/// Counts of the channels that overwrite.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Overwritten {
+    /// Records that the producers sent.
+    pub sent: u64,
+    /// Records that a tap has copied.
+    pub received: u64,
+    /// Records that it has missed.
+    pub missed: u64,
+    /// Numbers that the producers skipped.
+    pub skipped: u64,
+}
+
+impl AddAssign for Overwritten {
+    fn add_assign(&mut self, other: Self) {
+        self.sent += other.sent;
+        self.received += other.received;
+        self.missed += other.missed;
+        self.skipped += other.skipped;
     }
 }
 
@@ -150,11 +173,52 @@ impl Watch {
         })
     }
 
-    /// Returns how many sleeps of each end a ring has ended so far.
+    /// Returns how many sleeps of each end a ring has ended so far. The producer of a channel that
+    /// overwrites never sleeps.
     pub fn woken(&self) -> Woken {
         let notes = [Note::ProducerWoken, Note::ConsumerWoken];
         let of = |channel: &Watched| notes.map(|note| channel.notes.read(note));
-        Woken(self.channels.iter().flat_map(of).collect())
+        let sleeping = self.channels.iter();
+        let sleeping = sleeping.filter(|channel| channel.entry.has_consumer());
+        Woken(sleeping.flat_map(of).collect())
+    }
+
+    /// Returns the channels that overwrite, each with its entry and notes.
+    pub fn overwriting(&self) -> impl Iterator<Item = (&'static str, Channel, Notes<Mapping>)> {
+        let channels = self.channels.iter();
+        let channels = channels.filter(|channel| !channel.entry.has_consumer());
+        channels.map(|channel| (channel.name, channel.entry, channel.notes.clone()))
+    }
+
+    /// Returns the region.
+    pub fn region(&self) -> Region<Mapping> {
+        self.attachment.region().ring().clone()
+    }
+
+    /// Returns whether a tap has copied the newest record of this channel, whose producer is dead.
+    pub fn is_at_newest(&self, channel: &str) -> bool {
+        let mut channels = self.channels.iter();
+        let channel = channels.find(|known| known.name == channel);
+        channel.is_some_and(|channel| {
+            channel.notes.read(Note::Delivered) == self.state(channel).records
+        })
+    }
+
+    /// Returns the counts of the channels that overwrite.
+    pub fn overwritten(&self) -> Overwritten {
+        let mut all = Overwritten::default();
+        for channel in &self.channels {
+            if !channel.entry.has_consumer() {
+                let read = |note| channel.notes.read(note);
+                all += Overwritten {
+                    sent: read(Note::Sent),
+                    received: read(Note::Received),
+                    missed: read(Note::Delivered).saturating_sub(read(Note::Received)),
+                    skipped: read(Note::Skipped),
+                };
+            }
+        }
+        all
     }
 
     /// Returns how many rings of the guest's ringing process were answered.
@@ -174,17 +238,24 @@ impl Watch {
     }
 
     /// Returns an error unless all records that were ever sent are delivered and released, by the
-    /// channels' own counters.
+    /// channels' own counters. In a channel that overwrites, the records that a tap has received
+    /// and missed must be those that were sent, and those that it counts as dropped the numbers
+    /// that were skipped.
     pub fn check_totals(&self) -> Result<()> {
         for channel in &self.channels {
             let state = self.state(channel);
-            let noted = [Note::Sent, Note::Delivered, Note::Released];
-            let noted = noted.map(|note| channel.notes.read(note));
-            ensure!(
-                noted == [state.records; 3] && state.written == state.read && state.dropped == 0,
-                "the totals do not agree: {}",
-                self.describe()
-            );
+            let read = |note| channel.notes.read(note);
+            let are_right = match channel.entry.has_consumer() {
+                true => {
+                    let noted = [Note::Sent, Note::Delivered, Note::Released].map(read);
+                    noted == [state.records; 3] && state.written == state.read && state.dropped == 0
+                }
+                false => {
+                    [Note::Sent, Note::Delivered].map(read) == [state.records; 2]
+                        && [Note::Skipped, Note::Dropped].map(read) == [state.dropped; 2]
+                }
+            };
+            ensure!(are_right, "the totals do not agree: {}", self.describe());
         }
         Ok(())
     }
@@ -194,10 +265,14 @@ impl Watch {
         let channels = self.channels.iter().map(|channel| {
             let noted = |note| channel.notes.read(note);
             format!(
-                "{}: {} sent, {} delivered, {} released, producer woken {}, consumer woken {}, {:?}",
+                "{}: {} sent, {} skipped, {} delivered, {} received, {} dropped, {} released, \
+                 producer woken {}, consumer woken {}, {:?}",
                 channel.name,
                 noted(Note::Sent),
+                noted(Note::Skipped),
                 noted(Note::Delivered),
+                noted(Note::Received),
+                noted(Note::Dropped),
                 noted(Note::Released),
                 noted(Note::ProducerWoken),
                 noted(Note::ConsumerWoken),

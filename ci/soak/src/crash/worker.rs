@@ -48,6 +48,11 @@ pub struct Ended {
     pub errors: String,
 }
 
+/// Returns the seed of the records of a channel. The two directions carry different records.
+pub fn seed_of(channel: &str, seed: u64) -> u64 {
+    seed ^ u64::from(channel.ends_with("up"))
+}
+
 impl Worker {
     /// Starts the process of an end.
     pub fn start(
@@ -58,11 +63,11 @@ impl Worker {
         seed: u64,
     ) -> Result<Self> {
         let end = match role.end {
+            End::Producer if role.overwrites => "overwriter",
             End::Producer => "producer",
             End::Consumer => "consumer",
         };
-        // The two directions carry different records.
-        let seed = (seed ^ u64::from(role.channel() == "up")).to_string();
+        let seed = seed_of(role.channel(), seed).to_string();
         let arguments = [end, role.channel(), &seed];
         let process = match role.side {
             Side::Host => {

@@ -151,7 +151,7 @@ pub enum Ask {
     },
 }
 
-/// A channel that was added, and what remains for others.
+/// A channel that was added, and the room that remains for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Added {
     /// Index of the channel.

@@ -388,7 +388,7 @@ impl Session {
         if self.epoch == 0 {
             return Err(Errno::BADF);
         }
-        if self.is_gone()? {
+        if self.is_gone_or_lost()? {
             return Err(Errno::NODEV);
         }
         let _state = self.state();
@@ -448,7 +448,7 @@ impl Session {
     }
 
     fn release(&self, channel: usize, end: End) {
-        let is_gone = self.is_gone().unwrap_or(true);
+        let is_gone = self.is_gone_or_lost().unwrap_or(true);
         let mut state = self.state();
         // Without the lock, the next sweep of any session clears the word.
         let lock = Lock::take(&self.region, self.page_offset, self.address);
@@ -469,7 +469,7 @@ impl Session {
         if state.swept.is_some_and(|swept| swept.elapsed() < SWEEP) {
             return;
         }
-        let Ok(false) = self.is_gone() else {
+        let Ok(false) = self.is_gone_or_lost() else {
             return;
         };
         if let Ok(_lock) = Lock::take(&self.region, self.page_offset, self.address) {
@@ -520,17 +520,29 @@ impl Session {
 
     /// Returns whether the device is gone, a driver has it by now, or the broker has ended the
     /// epoch because it saw a reset. The kernel can take the memory from all programs when a driver
-    /// comes, so the page is looked at last.
+    /// comes, so the page is looked at last. A device that has lost its region, and with it the
+    /// epoch, is not gone.
     fn is_gone(&self) -> Result<bool, Errno> {
         let is_removed = removal::wait(&self.config, Some(Duration::ZERO))?;
-        Ok(is_removed
-            || self.folder.has_driver()
-            || (self.epoch != 0 && self.page.epoch() != self.epoch))
+        if is_removed || self.folder.has_driver() {
+            return Ok(true);
+        }
+        let has_other_epoch = self.epoch != 0 && self.page.epoch() != self.epoch;
+        Ok(has_other_epoch && !removal::is_lost(&self.superblock))
     }
 
-    /// Returns an error if the device is gone.
+    /// Returns whether the device is gone or has lost its region, so that its memory must not be
+    /// changed.
+    fn is_gone_or_lost(&self) -> Result<bool, Errno> {
+        Ok(self.is_gone()? || removal::is_lost(&self.superblock))
+    }
+
+    /// Returns an error if the device is gone or has lost its region.
     fn check(&self, what: &'static str) -> Result<(), DeviceError> {
         match self.is_gone() {
+            Ok(false) if removal::is_lost(&self.superblock) => {
+                Err(DeviceError::Lost { path: self.name() })
+            }
             Ok(false) => Ok(()),
             Ok(true) => Err(failed(what, self.address)(Errno::NODEV)),
             Err(error) => Err(failed(what, self.address)(error)),
@@ -581,7 +593,7 @@ impl Drop for Session {
         if self.epoch == 0 || self.process.check().is_err() {
             return;
         }
-        let Ok(false) = self.is_gone() else {
+        let Ok(false) = self.is_gone_or_lost() else {
             return;
         };
         let Ok(_lock) = Lock::take(&self.region, self.page_offset, self.address) else {

@@ -109,6 +109,26 @@ impl Fake {
         self.store(PAGE, self.load(PAGE) + 2);
     }
 
+    /// Maps the superblock for reading.
+    pub(crate) fn superblock(&self) -> RingRegion {
+        let file = self.region();
+        let page = Mapping::map(&file, PAGE_SIZE as usize, Access::ReadOnly);
+        page.unwrap().region()
+    }
+
+    /// Takes the region away, as a VM does that goes back to a snapshot.
+    pub(crate) fn lose_region(&self) {
+        self.region()
+            .write_all_at(&vec![0; SIZE as usize], 0)
+            .unwrap();
+    }
+
+    /// Returns whether the region has zeros alone.
+    pub(crate) fn is_zero(&self) -> bool {
+        let region = std::fs::read(self.path("resource2")).unwrap();
+        region.iter().all(|byte| *byte == 0)
+    }
+
     fn holder(&self, channel: usize, end: End) -> u64 {
         self.load(PAGE + presence::holder(channel, end))
     }
@@ -239,6 +259,25 @@ fn other_epoch_ends_session() {
         (fake.load(PAGE), fake.holder(0, End::Producer)),
         (3, 5 << 32 | 6)
     );
+}
+
+#[test]
+fn session_reports_lost_region() {
+    let fake = Fake::new();
+    let session = fake.writer();
+    session.info().unwrap();
+    fake.lose_region();
+    for error in [session.info().unwrap_err(), session.refresh().unwrap_err()] {
+        assert!(matches!(error, DeviceError::Lost { .. }), "{error}");
+    }
+    let refused = session.claim(0, End::Producer).unwrap_err();
+    let is_lost = matches!(refused, ClaimFault::Device(DeviceError::Lost { .. }));
+    assert!(is_lost, "{refused:?}");
+    assert_eq!(session.wait(Some(Duration::ZERO)), Ok(false), "not gone");
+    assert!(session.ask().is_err());
+    session.sweep();
+    drop(session);
+    assert!(fake.is_zero());
 }
 
 #[test]
