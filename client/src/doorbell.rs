@@ -3,9 +3,10 @@
 //! The doorbells of one end of a channel: eventfds on the host, the driver's file in a guest.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use barlink_protocol::Events;
+use barlink_protocol::{Events, LONGEST_FALLBACK_POLL};
 
 use crate::event_error::EventError;
 use crate::guest::events::DeviceEvents;
@@ -24,6 +25,8 @@ pub struct Doorbells {
     rings: u64,
     /// The process that claimed the end.
     process: Process,
+    /// Set once the end, which did not wait, has found that its device is gone.
+    is_gone: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -52,6 +55,7 @@ impl Doorbells {
             can_spin,
             rings: 0,
             process: Process::current(),
+            is_gone: AtomicBool::new(false),
         }
     }
 
@@ -84,6 +88,14 @@ impl Doorbells {
             Source::Guest(events) => events.wakes(),
         }
     }
+
+    /// Returns the longest time between two looks of an end that nothing wakes.
+    pub(crate) fn longest_poll(&self) -> Duration {
+        match &self.source {
+            Source::Host(_) => LONGEST_FALLBACK_POLL,
+            Source::Guest(events) => events.longest_poll(),
+        }
+    }
 }
 
 impl Events for Doorbells {
@@ -91,6 +103,9 @@ impl Events for Doorbells {
 
     #[inline(always)]
     fn check_process(&self) -> Result<(), EventError> {
+        if self.is_gone.load(Ordering::Relaxed) {
+            return Err(EventError::Gone);
+        }
         let checked = self.process.check();
         checked.map_err(|process| EventError::Inherited { process })
     }
@@ -115,7 +130,13 @@ impl Events for Doorbells {
     fn now(&self) -> Duration {
         // The kernel's clock and not the process's, so that time stamps of one host can be
         // compared.
-        monotonic()
+        let time = monotonic();
+        if let Source::Guest(events) = &self.source
+            && events.looks_gone(time)
+        {
+            self.is_gone.store(true, Ordering::Relaxed);
+        }
+        time
     }
 
     fn check_device(&self) -> Result<(), EventError> {
@@ -136,6 +157,10 @@ impl Events for Doorbells {
     fn can_spin(&self) -> bool {
         self.can_spin
     }
+
+    fn can_wake(&self) -> bool {
+        self.wakes()
+    }
 }
 
 impl AsFd for Doorbells {
@@ -146,5 +171,43 @@ impl AsFd for Doorbells {
             Source::Host(eventfds) => eventfds.as_fd(),
             Source::Guest(events) => events.as_fd(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use barlink_protocol::wire::uapi::Doorbell;
+
+    use super::*;
+    use crate::guest::interface::EndInterface;
+    use crate::guest::sysfs::tests::Fake;
+
+    #[test]
+    fn end_without_driver_sleeps_by_clock() {
+        let fake = Fake::new();
+        let end = EndInterface::Sysfs(fake.claim());
+        let region = fake.superblock();
+        let (peer, vector) = (2, 1);
+        let events = DeviceEvents::new(end, region, Doorbell { peer, vector }, None).unwrap();
+        let mut doorbells = Doorbells::from(events);
+        doorbells.ring().unwrap();
+        assert_eq!(fake.rung(), peer << 16 | vector);
+        assert!(!doorbells.can_wake());
+        let start = Instant::now();
+        for timeout in [None, Some(Duration::from_secs(3600))] {
+            assert!(!doorbells.sleep(timeout).unwrap());
+        }
+        assert!(start.elapsed() < Duration::from_secs(60));
+
+        fake.begin_as_driver();
+        let error = doorbells.sleep(Some(Duration::ZERO)).unwrap_err();
+        assert!(matches!(error, EventError::Gone), "{error}");
+        // An end that does not wait looks as well, as soon as its last look is long ago.
+        doorbells.check_process().unwrap();
+        doorbells.now();
+        let error = doorbells.check_process().unwrap_err();
+        assert!(matches!(error, EventError::Gone), "{error}");
     }
 }

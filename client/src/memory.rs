@@ -159,14 +159,25 @@ impl Mapping {
 
     /// Maps the first bytes of a file.
     pub(crate) fn map(file: impl AsFd, size: usize, access: Access) -> Result<Self, Errno> {
+        Self::map_at(file, 0, size, access)
+    }
+
+    /// Maps bytes of a file from an offset on, a whole number of pages.
+    pub(crate) fn map_at(
+        file: impl AsFd,
+        offset: u64,
+        size: usize,
+        access: Access,
+    ) -> Result<Self, Errno> {
         let (protection, writable) = match access {
             Access::ReadOnly => (ProtFlags::READ, None),
             Access::ReadWrite => (ProtFlags::READ | ProtFlags::WRITE, Some(0)),
         };
         let shared = MapFlags::SHARED;
         // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
-        let start =
-            unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, 0) }?;
+        let start = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), size, protection, shared, file, offset)
+        }?;
         let mut pages = Pages::new(start, size)?;
         pages.writable = writable;
         Ok(Self::finish(pages))
@@ -191,6 +202,38 @@ impl Mapping {
         // SAFETY: the part is inside the range that was just mapped, which is not used yet.
         unsafe { rustix::mm::mmap(place, length, protection, flags, &file, writable as u64) }?;
         (pages.size, pages.writable) = (size, Some(writable as u64));
+        Ok(Self::finish(pages))
+    }
+
+    /// Maps as [`Mapping::map_behind`] does, without unmapping a part of a mapping of the file. Linux
+    /// 6.1 forgets the cache modes of device memory that is unmapped in parts.
+    pub(crate) fn map_apart(file: impl AsFd, size: usize, writable: usize) -> Result<Self, Errno> {
+        if size <= writable {
+            return Err(Errno::INVAL);
+        }
+        let (none, private) = (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE);
+        // SAFETY: the kernel chooses the address, so no memory of this process is replaced.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), size, none, private) }?;
+        let mut pages = Pages::new(start, size)?;
+        let read = ProtFlags::READ;
+        for (offset, length, protection) in [
+            (0, writable, read),
+            (writable, size - writable, read | ProtFlags::WRITE),
+        ] {
+            let place = start.wrapping_byte_add(offset);
+            let flags = MapFlags::SHARED | MapFlags::FIXED;
+            // SAFETY: the part is inside the range that was just mapped, which is not used yet.
+            let mapped =
+                unsafe { rustix::mm::mmap(place, length, protection, flags, &file, offset as u64) };
+            if let Err(error) = mapped {
+                // The kernel may have unmapped the part, and another thread may have mapped
+                // something there. So the range, which has no memory, stays.
+                std::mem::forget(pages);
+                return Err(error);
+            }
+        }
+        pages.writable = Some(writable as u64);
         Ok(Self::finish(pages))
     }
 
@@ -279,30 +322,33 @@ mod tests {
     #[test]
     fn first_pages_are_mapped_for_reading() {
         let (memory, size, first) = (sealed_memory(1 << 20), 1 << 20, 8192);
-        let mapping = Mapping::map_behind(&memory, size, first).unwrap();
-        assert_eq!(mapping.writable(), Some(first as u64));
-        let region = mapping.region();
-        region.store(first as u64, 7);
-        region.store(size as u64 - 8, 8);
-        let copy = Mapping::map(&memory, size, Access::ReadOnly)
-            .unwrap()
-            .region();
-        assert_eq!(
-            [first as u64, size as u64 - 8].map(|at| copy.load(at)),
-            [7, 8]
-        );
-        let start = mapping.0.start.as_ptr() as usize;
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let protection = |at: usize| {
-            let mut lines = maps.lines().filter_map(|line| line.split_once('-'));
-            let (_, rest) = lines.find(|(from, _)| *from == format!("{at:x}")).unwrap();
-            rest.split(' ').nth(1).unwrap()
-        };
-        assert_eq!(protection(start), "r--s");
-        assert_eq!(protection(start + first), "rw-s");
-        drop((region, mapping));
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        assert!(!maps.contains(&format!("{start:x}-")));
+        let behind = Mapping::map_behind(&memory, size, first).unwrap();
+        let apart = Mapping::map_apart(&memory, size, first).unwrap();
+        for mapping in [behind, apart] {
+            assert_eq!(mapping.writable(), Some(first as u64));
+            let region = mapping.region();
+            region.store(first as u64, 7);
+            region.store(size as u64 - 8, 8);
+            let copy = Mapping::map(&memory, size, Access::ReadOnly)
+                .unwrap()
+                .region();
+            assert_eq!(
+                [first as u64, size as u64 - 8].map(|at| copy.load(at)),
+                [7, 8]
+            );
+            let start = mapping.0.start.as_ptr() as usize;
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            let protection = |at: usize| {
+                let mut lines = maps.lines().filter_map(|line| line.split_once('-'));
+                let (_, rest) = lines.find(|(from, _)| *from == format!("{at:x}")).unwrap();
+                rest.split(' ').nth(1).unwrap()
+            };
+            assert_eq!(protection(start), "r--s");
+            assert_eq!(protection(start + first), "rw-s");
+            drop((region, mapping));
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            assert!(!maps.contains(&format!("{start:x}-")));
+        }
     }
 
     #[test]

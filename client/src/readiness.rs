@@ -80,7 +80,15 @@ impl Readiness {
         let is_visible = peer != Presence::default();
         let is_proven = doorbells.rings() > self.rings && is_visible && !self.polls;
         if !doorbells.wakes() {
-            self.timer.set(FIRST_FALLBACK_POLL);
+            if was_quiet && !is_new {
+                if !self.timer.left().is_zero() {
+                    return;
+                }
+                self.next = (self.next * 2).min(doorbells.longest_poll());
+            } else {
+                self.next = FIRST_FALLBACK_POLL;
+            }
+            self.timer.set(self.next);
         } else if !is_proven {
             if was_quiet && !is_new {
                 // Calls before the timer has expired do not lengthen it.
@@ -106,5 +114,43 @@ impl Readiness {
 impl AsFd for Readiness {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use barlink_protocol::wire::uapi::Doorbell;
+    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::time::Timespec;
+
+    use super::*;
+    use crate::guest::events::DeviceEvents;
+    use crate::guest::interface::EndInterface;
+    use crate::guest::sysfs::tests::Fake;
+
+    #[test]
+    fn end_without_driver_becomes_readable_by_clock() {
+        let fake = Fake::new();
+        let end = EndInterface::Sysfs(fake.claim());
+        let region = fake.superblock();
+        let (peer, vector) = (2, 1);
+        let events = DeviceEvents::new(end, region, Doorbell { peer, vector }, None).unwrap();
+        let doorbells = Doorbells::from(events);
+        let mut readiness = Readiness::new(&doorbells, false).unwrap();
+        let is_readable = |readiness: &Readiness| {
+            let timeout = Timespec::try_from(Duration::from_secs(60)).unwrap();
+            let mut files = [PollFd::new(readiness, PollFlags::IN)];
+            poll(&mut files, Some(&timeout)) == Ok(1)
+        };
+        assert!(is_readable(&readiness));
+        let milliseconds = [1, 2, 4, 8, 10, 10];
+        for expected in milliseconds.map(Duration::from_millis) {
+            readiness.quiet(&doorbells, Presence::default());
+            assert_eq!(readiness.next, expected);
+            assert!(is_readable(&readiness));
+        }
+        readiness.busy();
+        readiness.quiet(&doorbells, Presence::default());
+        assert_eq!(readiness.next, FIRST_FALLBACK_POLL);
     }
 }

@@ -6,7 +6,7 @@
 //! for the removal before it touches the region again. A device whose VM was taken back to a
 //! snapshot is still there, but its mappings have other words than the region's, mostly zeros.
 
-use std::fs::File;
+use std::fmt::Debug;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,9 +28,9 @@ pub(crate) fn is_lost(region: &RingRegion) -> bool {
     region.load(0) != MAGIC
 }
 
-/// Checks that a device is there and has its region.
-pub(crate) fn check(device: impl AsFd, region: &RingRegion) -> Result<(), EventError> {
-    if wait(device, Some(Duration::ZERO)).unwrap_or(false) {
+/// Checks that a device is there and has its region. `is_gone` is whether the device is gone.
+pub(crate) fn check(is_gone: bool, region: &RingRegion) -> Result<(), EventError> {
+    if is_gone {
         return Err(EventError::Gone);
     }
     match is_lost(region) {
@@ -46,29 +46,39 @@ pub(crate) fn wait(device: impl AsFd, timeout: Option<Duration>) -> Result<bool,
     // The two events of a device that is gone come without being requested.
     let mut files = [PollFd::new(&device, PollFlags::empty())];
     match rustix::event::poll(&mut files, timeout.as_ref()) {
-        Ok(_) => Ok(files[0].revents().contains(PollFlags::HUP)),
+        Ok(_) => Ok(files[0]
+            .revents()
+            .intersects(PollFlags::HUP | PollFlags::ERR)),
         Err(Errno::INTR) => Ok(false),
         Err(error) => Err(error),
     }
 }
 
+/// A device that can go.
+pub(crate) trait Removable: Debug + Send + Sync {
+    /// Waits until the device is gone, for `timeout` at the most, `None` for no limit. Returns
+    /// whether it is gone. A device that has lost its region is not gone. A signal can end the
+    /// wait.
+    fn wait(&self, timeout: Option<Duration>) -> Result<bool, Errno>;
+}
+
 /// The device behind a region, if there is one.
 #[derive(Clone, Debug)]
-pub struct Removal(Option<Arc<File>>);
+pub struct Removal(Option<Arc<dyn Removable>>);
 
 impl Removal {
     /// A region of a broker, which no process can take away.
     pub(crate) const NEVER: Self = Removal(None);
 
-    /// Returns the removal of the device that a file belongs to.
-    pub(crate) fn of(device: &Arc<File>) -> Self {
-        Removal(Some(Arc::clone(device)))
+    /// Returns the removal of a device.
+    pub(crate) fn of(device: Arc<dyn Removable>) -> Self {
+        Removal(Some(device))
     }
 
     /// Returns whether the device is gone.
     pub(crate) fn has_come(&self) -> bool {
         let device = self.0.as_ref();
-        device.is_some_and(|device| wait(device, Some(Duration::ZERO)).unwrap_or(false))
+        device.is_some_and(|device| device.wait(Some(Duration::ZERO)).unwrap_or(false))
     }
 
     /// Returns an error if the device has lost this region. The device must be there.
@@ -81,7 +91,7 @@ impl Removal {
 
     /// Sleeps for a time, or until the device is gone.
     pub(crate) fn sleep(&self, time: Duration) {
-        let slept = self.0.as_ref().map(|device| wait(device, Some(time)));
+        let slept = self.0.as_ref().map(|device| device.wait(Some(time)));
         if !matches!(slept, Some(Ok(_))) {
             std::thread::sleep(time);
         }

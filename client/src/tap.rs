@@ -629,6 +629,7 @@ mod tests {
     use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Policy};
 
     use super::*;
+    use crate::removal::{self, Removable};
 
     #[test]
     fn timer_stays_off_until_waited_for() {
@@ -656,6 +657,15 @@ mod tests {
         assert!(!is_set(&looks) && looks.left().is_zero());
     }
 
+    #[derive(Debug)]
+    struct Pipe(std::io::PipeReader);
+
+    impl Removable for Pipe {
+        fn wait(&self, timeout: Option<Duration>) -> Result<bool, rustix::io::Errno> {
+            removal::wait(&self.0, timeout)
+        }
+    }
+
     /// An access to the memory of a device that is gone would end the process. A pipe without a
     /// writer has the events of such a device.
     #[test]
@@ -675,7 +685,6 @@ mod tests {
             capacity: 4096,
         };
         let (device, writer) = std::io::pipe().unwrap();
-        let device = Arc::new(std::fs::File::from(std::os::fd::OwnedFd::from(device)));
         let second = Duration::from_secs(1);
         let mut tap = Tap {
             ring: barlink_protocol::Tap::attach(region.clone(), &entry),
@@ -687,7 +696,7 @@ mod tests {
                 most: 60 * second,
                 next: 60 * second,
             },
-            removal: Removal::of(&device),
+            removal: Removal::of(Arc::new(Pipe(device))),
             process: Process::current(),
         };
         let removing = std::thread::spawn(move || {

@@ -32,6 +32,11 @@ fn exit_code(error: &anyhow::Error) -> u8 {
                 | DeviceError::NoName { .. }
                 | DeviceError::NotADevice { .. },
             )) => return gone::CODE,
+            Some(Error::Device(DeviceError::Sysfs(error)))
+                if error.kind() == ErrorKind::NotFound =>
+            {
+                return gone::CODE;
+            }
             Some(error) if error.kind() == ErrorKind::InUse => return 4,
             Some(error) if error.kind() == ErrorKind::Gone => return gone::CODE,
             _ => (),

@@ -70,6 +70,7 @@ mod error_kind;
 #[cfg(not(loom))]
 mod io;
 mod link;
+mod page;
 mod presence;
 mod producer;
 pub mod region;
@@ -88,6 +89,7 @@ pub use consumer::{Consumer, Record};
 pub use error::ChannelError;
 pub use error_kind::{Classified, ErrorKind};
 pub use link::{Events, FIRST_FALLBACK_POLL, LONGEST_FALLBACK_POLL, Link, Wakeup};
+pub use page::SlotPage;
 pub use presence::{Presence, PresenceWords};
 pub use producer::{FirstSequenceError, Notify, Producer, Reservation, ReserveError};
 pub use strategy::Strategy;

@@ -121,6 +121,12 @@ pub trait Events {
     /// Returns whether it can pay to wait for the other end without sleeping. It cannot if both
     /// ends share one CPU.
     fn can_spin(&self) -> bool;
+
+    /// Returns whether a ring of the other end wakes this one. Otherwise the end polls, and arms no
+    /// wake-up.
+    fn can_wake(&self) -> bool {
+        true
+    }
 }
 
 /// Reason why a wait ended.
@@ -384,7 +390,15 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             // descriptor to be readable comes here with a deadline that is over.
             self.events.sleep(deadline).map_err(ChannelError::Events)?;
         }
-        let mut threshold = first;
+        let can_wake = self.events.can_wake();
+        // An end that nothing wakes polls, and begins anew with each wait.
+        let mut threshold = match can_wake {
+            true => first,
+            false => Threshold::Unchanged,
+        };
+        if !can_wake {
+            self.fallback_poll = FIRST_FALLBACK_POLL;
+        }
         loop {
             let left = deadline.map(|deadline| deadline.saturating_sub(self.events.now()));
             let over = left == Some(Duration::ZERO);
@@ -401,7 +415,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                     return Ok(Wakeup::PeerChanged);
                 }
             }
-            if over {
+            if over && can_wake {
                 threshold = Threshold::Soon;
             }
             if look(threshold)? {
@@ -415,7 +429,9 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
                 _ => self.sleep(left),
             }
             .map_err(ChannelError::Events)?;
-            threshold = Threshold::Soon;
+            if can_wake {
+                threshold = Threshold::Soon;
+            }
             if look(Threshold::Unchanged)? {
                 return Ok(Wakeup::Ready);
             }
@@ -477,7 +493,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         let end = self.events.now().saturating_add(self.strategy.back_off);
         let end = deadline.map_or(end, |deadline| deadline.min(end));
         let mut sleep = FIRST_BACK_OFF;
-        let mut threshold = Threshold::Half;
+        let can_wake = self.events.can_wake();
+        let mut threshold = match can_wake {
+            true => Threshold::Half,
+            false => Threshold::Unchanged,
+        };
         while !look(threshold)? {
             threshold = Threshold::Unchanged;
             let left = end.saturating_sub(self.events.now());
@@ -491,7 +511,10 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             sleep = (sleep * 2).min(LONGEST_BACK_OFF);
         }
         // Disarms the wake-up: otherwise the other end would ring while this end is awake.
-        look(Threshold::Disarmed)
+        match can_wake {
+            true => look(Threshold::Disarmed),
+            false => Ok(true),
+        }
     }
 
     /// Sleeps for a fixed time. A ring before its end proves that doorbells arrive.

@@ -23,6 +23,7 @@ use tempfile::NamedTempFile;
 use crate::bare_guest;
 use crate::initramfs;
 use crate::module::ModuleBuild;
+use crate::setup::StockKernel;
 use crate::tools::{Headers, Qemu, Tools, VmArgs};
 
 /// The target triple of all programs. Its C library can be linked statically, so that a program
@@ -269,6 +270,25 @@ impl Artifacts {
         &self.files.bare_guest
     }
 
+    /// Returns these artifacts for a guest with a kernel without Rust, which has no driver.
+    pub fn with_stock_kernel(&self, kernel: &StockKernel) -> Result<Self> {
+        let mut files = self.files.clone();
+        let digits = files.digest.get(..16).unwrap_or_default();
+        let name = format!("initramfs-{}-{digits}.cpio", kernel.release);
+        files.initramfs = files.logs.join(name);
+        let modules = kernel.modules.iter().enumerate().map(|(index, path)| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            (format!("lib/boot/{index}-{name}"), path.as_path())
+        });
+        let mut contents = guest_files(&self.tools, &files.guest);
+        contents.extend(modules);
+        files.digest = initramfs::write(&files.initramfs, &contents)?;
+        let mut tools = self.tools.clone();
+        tools.release = kernel.release.clone();
+        tools.kernel_image = kernel.image.clone();
+        Ok(Self::new(tools, self.args.clone(), files))
+    }
+
     /// Returns these artifacts for a guest with another kernel and initramfs.
     pub fn with_kernel(&self, release: &str, kernel_image: PathBuf, initramfs: PathBuf) -> Self {
         let mut artifacts = self.clone();
@@ -333,13 +353,17 @@ impl TreeCopy {
 /// Writes the initramfs with the module and these programs. Returns the SHA-256 of the archive in
 /// hexadecimal digits.
 fn pack(tools: &Tools, driver: &Path, guest: &Built, archive: &Path) -> Result<String> {
-    let mut files = vec![
-        ("bin/busybox".to_owned(), tools.busybox.as_path()),
-        ("lib/barlink.ko".to_owned(), driver),
-    ];
-    let programs = guest.0.iter();
-    files.extend(programs.map(|(name, path)| (format!("bin/{name}"), path.as_path())));
+    let mut files = guest_files(tools, guest);
+    files.push(("lib/barlink.ko".to_owned(), driver));
     initramfs::write(archive, &files)
+}
+
+/// Returns the files of a guest without a driver: the path in the guest, and that on the host.
+fn guest_files<'a>(tools: &'a Tools, guest: &'a Built) -> Vec<(String, &'a Path)> {
+    let busybox = ("bin/busybox".to_owned(), tools.busybox.as_path());
+    let programs = guest.0.iter();
+    let programs = programs.map(|(name, path)| (format!("bin/{name}"), path.as_path()));
+    [busybox].into_iter().chain(programs).collect()
 }
 
 /// Builds the programs that run on the host.

@@ -18,8 +18,8 @@ const FILES: [(&str, &[u8]); 2] = [
 ];
 
 /// Folders for files and for init's mounts. Device nodes come from the kernel's devtmpfs.
-const FOLDERS: [&str; 9] = [
-    "bin", "dev", "etc", "lib", "proc", "root", "run", "sys", "tmp",
+const FOLDERS: [&str; 10] = [
+    "bin", "dev", "etc", "lib", "lib/boot", "proc", "root", "run", "sys", "tmp",
 ];
 
 /// Writes the archive with [`FILES`] and these files. Each has a path in the guest, without the

@@ -3,13 +3,21 @@
 //! The conformance suite over QEMU's ivshmem-doorbell.
 
 use anyhow::Result;
-use barlink_vm::COMMAND_TIMEOUT;
 use barlink_vm::broker::Transport;
+use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use rustix::process::Signal;
 
 use crate::support::*;
 
 const TRANSPORT: Transport = Transport::Ivshmem;
+
+/// Whether there is a driver for the guest's kernel, for the tests without it.
+const HAS_DRIVER: bool = true;
+
+/// Restores a VM, for the tests without the driver.
+fn restore(config: &Config) -> Result<Vm> {
+    Vm::restore(config)
+}
 
 #[path = "cache.rs"]
 mod cache;
@@ -29,6 +37,8 @@ mod restart;
 mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
+#[path = "sysfs.rs"]
+mod sysfs;
 #[path = "table.rs"]
 mod table;
 #[path = "unplugged.rs"]

@@ -7,6 +7,7 @@
 mod foreign_device;
 mod ivshmem;
 mod resets;
+mod stock_kernel;
 mod support;
 mod vfio_user;
 mod vhost_user;

@@ -6,9 +6,19 @@
     reason = "the same tests over another transport"
 )]
 
+use anyhow::Result;
 use barlink_vm::broker::Transport;
+use barlink_vm::{Config, Vm};
 
 const TRANSPORT: Transport = Transport::VfioUser;
+
+/// Whether there is a driver for the guest's kernel, for the tests without it.
+const HAS_DRIVER: bool = true;
+
+/// Restores a VM, for the tests without the driver.
+fn restore(config: &Config) -> Result<Vm> {
+    Vm::restore(config)
+}
 
 #[path = "cache.rs"]
 mod cache;
@@ -28,5 +38,7 @@ mod restart;
 mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
+#[path = "sysfs.rs"]
+mod sysfs;
 #[path = "table.rs"]
 mod table;

@@ -7,7 +7,6 @@
 //! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
 //! only a broker that has not answered for ten seconds is silent.
 
-use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,9 +14,8 @@ use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
 use crate::event_error::EventError;
-use crate::guest::calls;
+use crate::guest::interface::Interface;
 use crate::memory::RingRegion;
-use crate::removal;
 
 /// Length of a sleep before the end asks.
 const SLEEP: Duration = Duration::from_secs(1);
@@ -80,7 +78,7 @@ impl Course {
 /// Asks whether the broker is alive. A device and its ends share this value.
 #[derive(Clone, Debug)]
 pub(crate) struct Asker {
-    file: Arc<File>,
+    interface: Interface,
     region: RingRegion,
     /// Offset of the answer word.
     answer: u64,
@@ -105,12 +103,17 @@ impl Unanswered {
 }
 
 impl Asker {
-    /// Creates an asker for the device of a slot. The file must be open for writing.
-    pub(crate) fn new(file: Arc<File>, region: RingRegion, layout: &Layout, slot: u32) -> Self {
+    /// Creates an asker for the device of a slot. The interface must be open for writing.
+    pub(crate) fn new(
+        interface: Interface,
+        region: RingRegion,
+        layout: &Layout,
+        slot: u32,
+    ) -> Self {
         let page = layout.presence_page(layout.host());
         let is_mapped = page + PAGE_SIZE <= region.size();
         Asker {
-            file,
+            interface,
             region,
             answer: BROKER_PAGE + presence::ANSWERS + 8 * u64::from(slot),
             epoch: is_mapped.then_some(page + presence::EPOCH),
@@ -121,7 +124,7 @@ impl Asker {
     /// Returns whether the broker has ended in good order: its epoch is even then. The epoch is in
     /// the device's memory, so a device that is gone cannot tell.
     pub(crate) fn has_ended(&self) -> bool {
-        if removal::wait(&self.file, Some(Duration::ZERO)) != Ok(false) {
+        if self.interface.wait_until_gone(Some(Duration::ZERO)) != Ok(false) {
             return false;
         }
         let epoch = self.epoch.map_or(0, |epoch| self.region.load(epoch));
@@ -130,13 +133,13 @@ impl Asker {
 
     /// Asks once. Returns the number of the question.
     fn ask(&self) -> Result<u64, Errno> {
-        calls::ask(&self.file)
+        self.interface.ask()
     }
 
     /// Returns whether a question was answered: by its own number, or by that of a later one. The
     /// answer is in the device's memory, so the device must still be there.
     fn is_answered(&self, question: u64) -> Result<bool, Errno> {
-        if removal::wait(&self.file, Some(Duration::ZERO))? {
+        if self.interface.wait_until_gone(Some(Duration::ZERO))? {
             return Err(Errno::NODEV);
         }
         let answer = self.region.load(self.answer);
@@ -145,8 +148,8 @@ impl Asker {
 
     /// Returns whether the device has lost its region, which then has no answers.
     pub(crate) fn has_lost_region(&self) -> bool {
-        removal::check(&self.file, &self.region)
-            .is_err_and(|error| matches!(error, EventError::Lost))
+        let checked = self.interface.check(&self.region);
+        checked.is_err_and(|error| matches!(error, EventError::Lost))
     }
 
     /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
@@ -167,7 +170,7 @@ impl Asker {
             match course.step(start.elapsed()) {
                 Step::Ask => question = Some(self.ask()?),
                 Step::Wait(longest) => {
-                    removal::wait(&self.file, Some(pause.min(longest)))?;
+                    self.interface.wait_until_gone(Some(pause.min(longest)))?;
                     pause = (pause * 2).min(LONGEST_LOOK);
                 }
                 Step::Unanswered => {

@@ -3,7 +3,6 @@
 //! The cache mode that a region is mapped in, and the choice of the fastest.
 
 use std::fmt::{self, Display, Formatter};
-use std::fs::File;
 use std::hint::black_box;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -41,7 +40,7 @@ pub enum Cache {
     /// Write-combining: the processor gathers stores, and loads as in a noncached mapping.
     WriteCombining,
     /// Write-back, as the guest's own memory. The kernel grants it for a region above 4 GiB, and
-    /// uncached-minus for one below.
+    /// uncached-minus for one below. An error for a device that is used without its driver.
     WriteBack,
     /// The fastest mode that the guest's kernel grants, by a short measurement of reads. Of modes
     /// whose speeds differ by less than 10 %, it is the most cached one. [`Cache::Same`] if the
@@ -183,11 +182,11 @@ impl Choice {
     /// Measures all modes, unless one is determined already. `open` returns a file of the device
     /// and the driver's information, `map` maps the first bytes of a file, and `info` returns the
     /// information again.
-    pub(crate) fn find<E>(
+    pub(crate) fn find<F, E>(
         is_determined: impl Fn(&Info) -> bool,
-        open: impl Fn() -> Result<(File, Info), E>,
-        map: impl Fn(&File, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
-        info: impl Fn(&File) -> Result<Info, E>,
+        open: impl Fn() -> Result<(F, Info), E>,
+        map: impl Fn(&F, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
+        info: impl Fn(&F) -> Result<Info, E>,
         failed: impl Fn(Errno) -> E,
     ) -> Result<Self, E> {
         let mut speeds = Cache::MODES.map(|cache| (cache, None));

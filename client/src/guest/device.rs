@@ -2,14 +2,11 @@
 
 //! A barlink device, and the ends of channels that it claims.
 
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use barlink_protocol::wire::layout::{End, Identity, Layout, LayoutError};
+use barlink_protocol::wire::layout::{End, Identity, Layout};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
-use rustix::io::Errno;
 
 use crate::claim::{Held, NoConsumer, NotHere};
 use crate::doorbell::Doorbells;
@@ -18,11 +15,11 @@ use crate::event_error::EventError;
 use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
-use crate::guest::calls::{self, region};
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
-use crate::guest::find as by_name;
-use crate::guest::node::{TRIES, choose, info, layout, map, open, system};
+use crate::guest::interface::{Interface, Opened};
+use crate::guest::node::system;
+use crate::guest::sysfs::ClaimFault;
 use crate::guest::watch::BrokerWatch;
 use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping, RingRegion};
@@ -50,7 +47,7 @@ use crate::tap::Tap;
 #[derive(Debug)]
 pub struct Device {
     path: PathBuf,
-    file: Arc<File>,
+    interface: Interface,
     access: Access,
     mapping: Mapping,
     granted: u32,
@@ -63,81 +60,33 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens a device by its path, or by the name of its region's broker, and maps all of its
-    /// region that can be mapped.
+    /// Opens a device by its path, by the name of its region's broker, or by its PCI address, and
+    /// maps all of its region that can be mapped.
     pub(super) fn open(device: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
-        let Some(name) = by_name::name(device) else {
-            return Self::open_path(device, cache, access);
-        };
-        let ask = |node: &Path| {
-            let info = info(&open(node, Access::ReadOnly)?, node)?;
-            Ok(info.identity().name)
-        };
-        by_name::open(
-            TRIES,
-            || by_name::find(name, ask),
-            |node| Self::open_path(node, cache, access),
-            |opened| opened.identity.name.as_str() == name,
-        )
-    }
-
-    fn open_path(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
-        let choice = (cache == Cache::Auto).then(|| choose(path, access));
-        let choice = choice.transpose()?;
-        let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
-        match Self::map(path, chosen, access) {
-            // Another process has mapped the region since.
-            Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => Ok(Device {
-                choice: Some(Choice::SAME),
-                ..Self::map(path, Cache::Same, access)?
-            }),
-            device => Ok(Device { choice, ..device? }),
-        }
-    }
-
-    fn map(path: &Path, cache: Cache, access: Access) -> Result<Self, DeviceError> {
-        let file = open(path, access)?;
-        let before = info(&file, path)?;
-        let size = usize::try_from(before.mappable_size).unwrap_or(usize::MAX);
-        let mapping = map(&file, path, size, cache, access)?;
-        // The driver's copy of the superblock outlives a region that the device has lost.
-        if removal::is_lost(&mapping.region()) {
-            let path = path.to_owned();
-            return Err(DeviceError::Lost { path });
-        }
-        // The granted mode is known once something is mapped.
-        let granted = info(&file, path)?.granted;
-        // An entry that the driver does not take concerns only a program that needs the channel.
-        match calls::refresh(&file) {
-            Ok(()) | Err(Errno::AGAIN) => (),
-            Err(error) => return Err(system("refresh the channels of", path, error)),
-        }
-        let layout = layout(&file, path)?;
-        // The driver's own superblock can say more than what is mapped only if it is damaged.
-        let needed = layout.mappable_size();
-        let mapped = size as u64;
-        if mapped < needed {
-            return Err(DeviceError::Layout {
-                path: path.to_owned(),
-                source: LayoutError::Mapping { needed, mapped },
-            });
-        }
-        let file = Arc::new(file);
+        let Opened {
+            interface,
+            mapping,
+            granted,
+            identity,
+            slot,
+            layout,
+            choice,
+        } = Interface::open(device, cache, access)?;
         let asker = (access == Access::ReadWrite).then(|| {
-            let region = region(&mapping, granted);
-            Asker::new(Arc::clone(&file), region, &layout, before.id)
+            let region = interface.region(&mapping, granted);
+            Asker::new(interface.clone(), region, &layout, slot)
         });
         Ok(Device {
-            path: path.to_owned(),
-            file,
+            path: interface.path(),
+            interface,
             access,
             asker,
             mapping,
             granted,
-            identity: before.identity(),
-            slot: before.id,
+            identity,
+            slot,
             layouts: Layouts::new(layout),
-            choice: None,
+            choice,
         })
     }
 
@@ -145,9 +94,40 @@ impl Device {
     /// write-combining at any time, so it is always accessed as if it were.
     fn ring_region(&self) -> RingRegion {
         match self.access {
-            Access::ReadOnly => region(&self.mapping, CacheMode::WriteCombining as u32),
-            Access::ReadWrite => region(&self.mapping, self.granted),
+            Access::ReadOnly => {
+                let granted = CacheMode::WriteCombining as u32;
+                self.interface.region(&self.mapping, granted)
+            }
+            Access::ReadWrite => self.interface.region(&self.mapping, self.granted),
         }
+    }
+
+    /// Returns the text by which programs open the device: the path of its node, or
+    /// `sysfs:0000:01:00.0` with its PCI address if it is used without its driver.
+    ///
+    /// ```no_run
+    /// // The device of the broker that `barlink serve --name camera` started.
+    /// let device = barlink::guest::open("camera")?;
+    /// println!("{}", device.path().display());
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns whether the device has its driver. Without it the claims of programs exclude each
+    /// other only as long as all of them use this library, ends poll, and a killed program is
+    /// noticed late (`docs/install.md`).
+    ///
+    /// ```no_run
+    /// let device = barlink::guest::open("/dev/barlink0")?;
+    /// if !device.has_driver() {
+    ///     eprintln!("{}: receivers poll", device.path().display());
+    /// }
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn has_driver(&self) -> bool {
+        matches!(self.interface, Interface::Driver(_))
     }
 
     /// Returns the result of [`Cache::Auto`], if that was requested.
@@ -217,7 +197,7 @@ impl Device {
     ///
     /// The device is gone.
     pub fn info(&self) -> Result<Info, Error> {
-        Ok(info(&self.file, &self.path)?)
+        Ok(self.interface.info()?)
     }
 
     /// Returns the region's layout: its size, channels and raw window, as the driver last reported.
@@ -262,14 +242,9 @@ impl Device {
     /// region.
     pub fn refresh(&self) -> Result<&Layout, Error> {
         self.check()?;
-        let path = &self.path;
-        let forged = match calls::refresh(&self.file) {
-            Ok(()) => false,
-            Err(Errno::AGAIN) => true,
-            Err(error) => return Err(system("refresh the channels of", path, error).into()),
-        };
-        let newer = layout(&self.file, path)?;
-        let path = path.to_owned();
+        let forged = !self.interface.refresh()?;
+        let newer = self.interface.layout()?;
+        let path = self.path.clone();
         match self.layouts.extend(newer) {
             true if forged => Err(DeviceError::Table { path }.into()),
             true => Ok(self.layouts.latest()),
@@ -315,13 +290,15 @@ impl Device {
     ///
     /// The device is gone, or has lost its region ([`ErrorKind::Gone`](crate::ErrorKind::Gone)).
     pub fn check(&self) -> Result<(), Error> {
-        removal::check(&self.file, &self.mapping.region()).map_err(|error| match error {
-            EventError::Lost => {
-                let path = self.path.clone();
-                DeviceError::Lost { path }.into()
-            }
-            error => error.into(),
-        })
+        self.interface
+            .check(&self.mapping.region())
+            .map_err(|error| match error {
+                EventError::Lost => {
+                    let path = self.path.clone();
+                    DeviceError::Lost { path }.into()
+                }
+                error => error.into(),
+            })
     }
 
     /// Waits until the device is gone, unbound or unplugged, or has lost its region, for which it
@@ -350,7 +327,7 @@ impl Device {
     /// `poll(2)` failed.
     pub fn wait_until_gone(&self) -> Result<(), Error> {
         loop {
-            match removal::wait(&self.file, Some(removal::LOOK)) {
+            match self.interface.wait_until_gone(Some(removal::LOOK)) {
                 Ok(false) if removal::is_lost(&self.mapping.region()) => return Ok(()),
                 Ok(false) => (),
                 Ok(true) => return Ok(()),
@@ -375,9 +352,9 @@ impl Device {
         let asker = match &self.asker {
             Some(asker) => asker.clone(),
             None => {
-                let file = open(&self.path, Access::ReadWrite)?;
-                let region = region(&self.mapping, self.granted);
-                Asker::new(Arc::new(file), region, self.layouts.latest(), self.slot)
+                let interface = self.interface.for_writing()?;
+                let region = interface.region(&self.mapping, self.granted);
+                Asker::new(interface, region, self.layouts.latest(), self.slot)
             }
         };
         Ok(BrokerWatch::new(asker, self.path.clone()))
@@ -400,21 +377,14 @@ impl Device {
     /// The size is not valid ([`ErrorKind::InvalidInput`]), the device has a buffer already
     /// ([`ErrorKind::InUse`]), the driver is too old for buffers ([`ErrorKind::Incompatible`]), the
     /// device was opened with [`Access::ReadOnly`] ([`ErrorKind::InvalidInput`]), or there is no
-    /// contiguous memory of that size.
+    /// contiguous memory of that size. Without its driver a device has no buffer
+    /// ([`ErrorKind::InvalidInput`]).
     ///
     /// [`ErrorKind::InvalidInput`]: crate::ErrorKind::InvalidInput
     /// [`ErrorKind::InUse`]: crate::ErrorKind::InUse
     /// [`ErrorKind::Incompatible`]: crate::ErrorKind::Incompatible
     pub fn buffer(&self, size: u64) -> Result<Buffer, Error> {
-        let path = || self.path.clone();
-        let buffer = Buffer::new(&self.file, size).map_err(|error| match error {
-            Errno::INVAL => DeviceError::BufferSize { size },
-            Errno::BADF => DeviceError::ReadOnly { path: path() },
-            Errno::BUSY => DeviceError::BufferTaken { path: path() },
-            Errno::NOTTY => DeviceError::NoBuffers { path: path() },
-            error => system("make a DMA buffer of", &self.path, error),
-        });
-        Ok(buffer?)
+        Ok(self.interface.buffer(size)?)
     }
 
     /// Claims the sending end of a channel, with the default [`ChannelOptions`].
@@ -482,9 +452,10 @@ impl Device {
 
 impl AsFd for Device {
     /// Returns the descriptor of the device's file, for a program that waits for several things.
-    /// `POLLHUP` and `POLLERR` say that the device is gone, as [`Device::wait_until_gone`] does.
-    /// They come without being requested, so the program requests no events. `POLLIN` says nothing:
-    /// each end of a channel has a file of its own.
+    /// `POLLERR` says that the device is gone, as [`Device::wait_until_gone`] does. It comes
+    /// without being requested, so the program requests no events. Without its driver this does not
+    /// end a `poll` that has begun, so use a timeout. `POLLIN` says nothing: each end of a channel
+    /// has a file of its own.
     ///
     /// ```no_run
     /// use barlink::guest;
@@ -509,13 +480,13 @@ impl AsFd for Device {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.interface.as_fd()
     }
 }
 
 impl AsRawFd for Device {
     fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+        self.interface.as_fd().as_raw_fd()
     }
 }
 
@@ -536,7 +507,7 @@ impl sealed::Side for Device {
     }
 
     fn removal(&self) -> Removal {
-        Removal::of(&self.file)
+        Removal::of(self.interface.shared())
     }
 }
 
@@ -559,38 +530,27 @@ impl Side for Device {
         if end == End::Consumer && !channel.has_consumer() {
             return Err(NoConsumer::new(name.to_owned()).into());
         }
-        // A file of its own: the claim ends with it, and it is woken for this channel alone.
-        let file = open(&self.path, self.access)?;
-        let info = info(&file, &self.path)?;
-        if (info.id, info.identity()) != (self.slot, self.identity) {
-            let path = self.path.clone();
-            return Err(DeviceError::Replaced { path }.into());
-        }
-        let claim = uapi::Claim {
-            channel: index as u32,
-            end: end as u32,
-        };
-        calls::claim(&file, claim).map_err(|error| match error {
-            Errno::BUSY => {
+        let device = (self.slot, self.identity);
+        let claimed = self.interface.claim(index, channel.vector, end, device);
+        let claimed = claimed.map_err(|fault| match fault {
+            ClaimFault::Held => {
                 let (channel, pid) = (name.to_owned(), None);
                 Error::Held(Held { channel, end, pid })
             }
-            Errno::ACCESS => {
+            ClaimFault::NotHere => {
                 let (channel, peer) = (name.to_owned(), None);
                 Error::NotHere(NotHere { channel, end, peer })
             }
-            error => system("claim an end of a channel of", &self.path, error).into(),
+            ClaimFault::Device(error) => error.into(),
         })?;
         let doorbell = uapi::Doorbell {
             // The peer is not rung if the channel has no other end.
             peer: channel.peer(end.other()),
             vector: channel.vector,
         };
-        // The driver may have got fewer vectors than the channels have.
-        let wakes = channel.vector < info.vectors;
         let questions = self.asker.clone().map(SleepQuestions::new);
         let region = self.mapping.region();
-        let events = DeviceEvents::new(file, region, doorbell, wakes, questions);
+        let events = DeviceEvents::new(claimed, region, doorbell, questions)?;
         Ok((index, events.into()))
     }
 }

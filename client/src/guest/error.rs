@@ -11,6 +11,7 @@ use barlink_protocol::wire::uapi;
 use crate::error_kind::ErrorKind;
 use crate::event_error::LOST;
 use crate::guest::cache::Cache;
+use crate::guest::sysfs::error::SysfsError;
 use crate::memory::Access;
 
 /// The reason why a device cannot be used.
@@ -135,7 +136,7 @@ pub enum DeviceError {
     },
     /// Another process has the region mapped in another cache mode.
     #[error(
-        "cannot map {path} {requested}: process {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
+        "cannot map {path} {requested}: {process} has it mapped {mode}, and a region has one cache mode at a time; end that \
          process, or map as it does (`--cache same`)", requested = requested.name()
     )]
     OtherCache {
@@ -143,7 +144,7 @@ pub enum DeviceError {
         path: PathBuf,
         /// The mode that was requested.
         requested: Cache,
-        /// Number and name of the process.
+        /// The word "process" with number and name of the process, or "another process".
         process: String,
         /// The mode of that process.
         mode: &'static str,
@@ -168,6 +169,9 @@ pub enum DeviceError {
         /// The path.
         path: PathBuf,
     },
+    /// The device cannot be used without its driver.
+    #[error(transparent)]
+    Sysfs(#[from] SysfsError),
     /// A system call failed.
     #[error("cannot {what} {path}")]
     System {
@@ -209,6 +213,7 @@ impl DeviceError {
             DeviceError::Permission { .. } => ErrorKind::PermissionDenied,
             DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::Layout { source, .. } => source.kind(),
+            DeviceError::Sysfs(error) => error.kind(),
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
             DeviceError::BufferSize { .. }
             | DeviceError::SameName { .. }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Doorbells in the guest: the driver's ioctl rings, and its file wakes.
+//! Doorbells in the guest: the driver's ioctl rings, and its file wakes. Without a driver a register
+//! rings, and nothing wakes.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::FIRST_FALLBACK_POLL;
@@ -14,9 +16,18 @@ use rustix::io::Errno;
 use crate::event_error::EventError;
 use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
+use crate::guest::interface::EndInterface;
+use crate::guest::sysfs;
 use crate::memory::RingRegion;
-use crate::removal;
-use crate::timer::monotonic;
+use crate::removal::{self, Removable};
+use crate::timer::{Timer, monotonic};
+
+/// Longest sleep of an end without a driver. The link makes each sleep of a wait twice as long as
+/// the one before.
+const LONGEST_SLEEP: Duration = Duration::from_millis(10);
+
+/// Time between two looks of an end that does not wait, whether its device is gone.
+const LOOK: Duration = Duration::from_millis(100);
 
 fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
     move |error| match error {
@@ -28,39 +39,69 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> EventError {
 /// The device events of one end of a channel. Its claim ends when this is dropped.
 #[derive(Debug)]
 pub struct DeviceEvents {
-    file: File,
+    source: Source,
     region: RingRegion,
     /// Time of the next look whether the device still has its region.
     next_look: Duration,
     other: uapi::Doorbell,
-    wakes: bool,
-    questions: Option<SleepQuestions>,
+    questions: Option<Box<SleepQuestions>>,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// A file of the driver, which is non-blocking. `wakes` says whether the channel has a vector
+    /// here.
+    Driver { file: File, wakes: bool },
+    /// A claim without a driver, and a descriptor that is never readable.
+    Sysfs {
+        claim: sysfs::Claim,
+        never: Timer,
+        /// Time of the last look whether the device is gone, in milliseconds.
+        looked: AtomicU64,
+    },
 }
 
 impl DeviceEvents {
-    /// Waits on a file that holds the claim, and is non-blocking. `region` is the device's, `other`
-    /// rings the other end; `wakes` says whether the channel has a vector here, and `questions`
-    /// asks for the broker.
+    /// Waits by the interface that holds the claim. `region` is the device's, `other` rings the
+    /// other end, and `questions` asks for the broker.
     pub(crate) fn new(
-        file: File,
+        end: EndInterface,
         region: RingRegion,
         other: uapi::Doorbell,
-        wakes: bool,
         questions: Option<SleepQuestions>,
-    ) -> Self {
-        DeviceEvents {
-            file,
+    ) -> Result<Self, EventError> {
+        let source = match end {
+            EndInterface::Driver { file, wakes } => Source::Driver { file, wakes },
+            EndInterface::Sysfs(claim) => {
+                let never = Timer::new()?;
+                never.set(Duration::ZERO);
+                Source::Sysfs {
+                    claim,
+                    never,
+                    looked: AtomicU64::new(0),
+                }
+            }
+        };
+        Ok(DeviceEvents {
+            source,
             region,
             next_look: monotonic() + removal::LOOK,
             other,
-            wakes,
-            questions,
-        }
+            questions: questions.map(Box::new),
+        })
     }
 
     /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
-        self.wakes
+        matches!(self.source, Source::Driver { wakes: true, .. })
+    }
+
+    /// Returns the longest time between two looks of an end that nothing wakes.
+    pub(crate) fn longest_poll(&self) -> Duration {
+        match self.source {
+            Source::Driver { .. } => FIRST_FALLBACK_POLL,
+            Source::Sysfs { .. } => LONGEST_SLEEP,
+        }
     }
 
     /// Returns whether the vector of this channel has fired. Both ends of a channel have the same
@@ -74,12 +115,31 @@ impl DeviceEvents {
 
     /// Returns whether the device is gone, and an access of its memory is SIGBUS.
     pub(crate) fn is_gone(&self) -> bool {
-        removal::wait(&self.file, Some(Duration::ZERO)).unwrap_or(false)
+        let now = Some(Duration::ZERO);
+        let is_gone = match &self.source {
+            Source::Driver { file, .. } => removal::wait(file, now),
+            Source::Sysfs { claim, .. } => claim.session().wait(now),
+        };
+        is_gone.unwrap_or(false)
+    }
+
+    /// Returns whether the device is gone, for an end that does not wait, at this time of its clock.
+    /// Looks seldom, and only where the kernel leaves the mapping of a removed device in place.
+    pub(crate) fn looks_gone(&self, now: Duration) -> bool {
+        let Source::Sysfs { looked, .. } = &self.source else {
+            return false;
+        };
+        let now = now.as_millis() as u64;
+        if now.wrapping_sub(looked.load(Ordering::Relaxed)) < LOOK.as_millis() as u64 {
+            return false;
+        }
+        looked.store(now, Ordering::Relaxed);
+        self.is_gone()
     }
 
     /// Returns an error if the device is gone or has lost its region.
     pub(crate) fn check(&self) -> Result<(), EventError> {
-        removal::check(&self.file, &self.region)
+        removal::check(self.is_gone(), &self.region)
     }
 
     /// Does the same if it was last done [`removal::LOOK`] ago.
@@ -99,31 +159,45 @@ impl DeviceEvents {
 
     /// Rings the other end.
     pub(crate) fn ring(&self) -> Result<(), EventError> {
-        calls::ring(&self.file, self.other).map_err(failed("ring a doorbell"))
+        match &self.source {
+            Source::Driver { file, .. } => {
+                calls::ring(file, self.other).map_err(failed("ring a doorbell"))
+            }
+            Source::Sysfs { claim, .. } => {
+                claim.session().ring(self.other.peer, self.other.vector);
+                Ok(())
+            }
+        }
     }
 
     /// Sleeps until this end is rung or the timeout is over. Returns whether the channel's own
     /// vector was rung.
     pub(crate) fn sleep(&mut self, timeout: Option<Duration>) -> Result<bool, EventError> {
         self.check_if_due(monotonic())?;
-        let may_have_fired = if self.wakes {
+        let may_have_fired = if self.wakes() {
             self.becomes_readable_or_asks(timeout)?
         } else {
             // No doorbell ends this sleep, so the end polls. Vector 0 fires even so. Unread, it
             // would keep the file readable.
-            let interval = FIRST_FALLBACK_POLL;
+            let interval = self.longest_poll();
             self.begin(timeout);
             self.ask();
             std::thread::sleep(timeout.unwrap_or(interval).min(interval));
             self.slept(false);
             true
         };
-        if !may_have_fired {
-            return Ok(false);
-        }
+        let file = match &self.source {
+            Source::Driver { file, .. } if may_have_fired => file,
+            Source::Driver { .. } => return Ok(false),
+            Source::Sysfs { claim, .. } => {
+                self.check()?;
+                claim.session().sweep();
+                return Ok(false);
+            }
+        };
         let mut fired = [0; size_of::<uapi::Interrupts>()];
-        match rustix::io::read(&self.file, &mut fired) {
-            Ok(_) => Ok(self.wakes && self.has_fired(&fired)),
+        match rustix::io::read(file, &mut fired) {
+            Ok(_) => Ok(self.wakes() && self.has_fired(&fired)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(false),
             Err(error) => Err(failed("wait for an interrupt")(error)),
         }
@@ -174,7 +248,7 @@ impl DeviceEvents {
             .map(rustix::time::Timespec::try_from)
             .transpose()
             .unwrap_or(None);
-        let mut files = [PollFd::new(&self.file, PollFlags::IN)];
+        let mut files = [PollFd::new(self, PollFlags::IN)];
         match rustix::event::poll(&mut files, timeout.as_ref()) {
             Ok(0) | Err(Errno::INTR) => Ok(false),
             Ok(_) => Ok(true),
@@ -185,7 +259,10 @@ impl DeviceEvents {
 
 impl AsFd for DeviceEvents {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        match &self.source {
+            Source::Driver { file, .. } => file.as_fd(),
+            Source::Sysfs { never, .. } => never.as_fd(),
+        }
     }
 }
 
@@ -196,6 +273,7 @@ mod tests {
     use rustix::fs::MemfdFlags;
 
     use super::*;
+    use crate::guest::sysfs::tests::Fake;
     use crate::memory::{Access, Mapping};
 
     /// A VM that goes back to a snapshot loses the region of its device, and nothing wakes an end
@@ -211,7 +289,9 @@ mod tests {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let file = File::from(rustix::event::eventfd(0, flags).unwrap());
         let other = uapi::Doorbell { peer: 0, vector: 0 };
-        let mut events = DeviceEvents::new(file, region.clone(), other, true, None);
+        let wakes = true;
+        let end = EndInterface::Driver { file, wakes };
+        let mut events = DeviceEvents::new(end, region.clone(), other, None).unwrap();
         let soon = Duration::from_millis(50);
         let look_soon = |events: &mut DeviceEvents| events.next_look = monotonic() + soon;
         look_soon(&mut events);
@@ -223,5 +303,24 @@ mod tests {
         let error = events.sleep(None).unwrap_err();
         assert!(matches!(error, EventError::Lost), "{error}");
         assert!(matches!(events.check(), Err(EventError::Lost)));
+    }
+
+    /// Its epoch is lost as well, which alone would look like a driver that has the device by now.
+    #[test]
+    fn end_without_driver_notices_lost_region() {
+        let fake = Fake::new();
+        let end = EndInterface::Sysfs(fake.claim());
+        let other = uapi::Doorbell { peer: 2, vector: 1 };
+        let mut events = DeviceEvents::new(end, fake.superblock(), other, None).unwrap();
+        assert!(!events.sleep(None).unwrap());
+        fake.lose_region();
+        let error = events.sleep(None).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        assert!(events.check_if_due(monotonic()).is_ok(), "not yet due");
+        let error = events.check_if_due(events.next_look).unwrap_err();
+        assert!(matches!(error, EventError::Lost), "{error}");
+        // The claim leaves the memory as it is.
+        drop(events);
+        assert!(fake.is_zero());
     }
 }

@@ -53,7 +53,7 @@ pub(crate) fn open<T>(
 }
 
 /// Lists the devices of this VM by their paths, `/dev/barlink0` and so on, in the order of their
-/// numbers.
+/// numbers. A device without its driver has no such path.
 ///
 /// ```no_run
 /// use barlink::guest;

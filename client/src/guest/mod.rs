@@ -24,7 +24,9 @@ mod device;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
+pub(crate) mod interface;
 mod node;
+pub(crate) mod sysfs;
 mod watch;
 
 use std::path::Path;
@@ -35,6 +37,7 @@ pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
 pub use error::DeviceError;
 pub use find::nodes;
+pub use sysfs::error::SysfsError;
 pub use watch::BrokerWatch;
 
 use crate::error::Error;

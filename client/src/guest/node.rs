@@ -1,24 +1,115 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The file of a device: opening it, mapping it, and asking the driver through it.
+//! A device with its driver: the file of its node, by which the driver maps, rings and wakes.
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use barlink_protocol::wire::layout::Layout;
 use barlink_protocol::wire::uapi::{self, Info};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::{self, map_in};
 use crate::guest::error::DeviceError;
 use crate::memory::{Access, Mapping};
+use crate::removal::{self, Removable};
+
+/// An open file of a device's node.
+#[derive(Debug)]
+pub(crate) struct Node {
+    path: PathBuf,
+    file: File,
+}
+
+impl Node {
+    /// Opens a device by the path of its node, which is checked by the driver's answer.
+    pub(crate) fn open(path: &Path, access: Access) -> Result<Self, DeviceError> {
+        Ok(Node {
+            path: path.to_owned(),
+            file: open(path, access)?,
+        })
+    }
+
+    /// Returns the path of the node.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the file, whose claims end with it.
+    pub(crate) fn into_file(self) -> File {
+        self.file
+    }
+
+    /// Maps the start of the region, in another mode than [`Cache::Auto`].
+    pub(crate) fn map(
+        &self,
+        size: usize,
+        cache: Cache,
+        access: Access,
+    ) -> Result<Mapping, DeviceError> {
+        map(&self.file, &self.path, size, cache, access)
+    }
+
+    pub(crate) fn info(&self) -> Result<Info, DeviceError> {
+        info(&self.file, &self.path)
+    }
+
+    pub(crate) fn layout(&self) -> Result<Layout, DeviceError> {
+        layout(&self.file, &self.path)
+    }
+
+    /// Makes the driver take new channels. Returns false if the table has one that it does not
+    /// take.
+    pub(crate) fn refresh(&self) -> Result<bool, DeviceError> {
+        match calls::refresh(&self.file) {
+            Ok(()) => Ok(true),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(error) => Err(system("refresh the channels of", &self.path, error)),
+        }
+    }
+
+    /// Asks whether the broker is alive. Returns the number of the question.
+    pub(crate) fn ask(&self) -> Result<u64, Errno> {
+        calls::ask(&self.file)
+    }
+
+    pub(crate) fn claim(&self, claim: uapi::Claim) -> Result<(), Errno> {
+        calls::claim(&self.file, claim)
+    }
+
+    pub(crate) fn buffer(&self, size: u64) -> Result<Buffer, DeviceError> {
+        let path = || self.path.clone();
+        Buffer::new(&self.file, size).map_err(|error| match error {
+            Errno::INVAL => DeviceError::BufferSize { size },
+            Errno::BADF => DeviceError::ReadOnly { path: path() },
+            Errno::BUSY => DeviceError::BufferTaken { path: path() },
+            Errno::NOTTY => DeviceError::NoBuffers { path: path() },
+            error => system("make a DMA buffer of", &self.path, error),
+        })
+    }
+}
+
+impl Removable for Node {
+    fn wait(&self, timeout: Option<Duration>) -> Result<bool, Errno> {
+        removal::wait(&self.file, timeout)
+    }
+}
+
+impl AsFd for Node {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
 
 /// Opens the file of a device.
-pub(super) fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
+fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
     let mut options = OpenOptions::new();
     options
         .read(true)
@@ -43,10 +134,10 @@ pub(super) fn open(path: &Path, access: Access) -> Result<File, DeviceError> {
 
 /// Tries to map in the mode of other mappings, which can come and go between two checks of the
 /// driver, and to open a device whose number changes.
-pub(super) const TRIES: u32 = 10;
+pub(crate) const TRIES: u32 = 10;
 
 /// Maps the start of a device's region, as many bytes as it is told, in the requested cache mode.
-pub(super) fn map(
+fn map(
     file: &File,
     path: &Path,
     size: usize,
@@ -72,7 +163,7 @@ pub(super) fn map(
             Err(DeviceError::OtherCache {
                 path: path.to_owned(),
                 requested: cache,
-                process: format!("{process}{name}"),
+                process: format!("process {process}{name}"),
                 mode: Cache::from_number(info.asked).map_or("another way", Cache::name),
             })
         }
@@ -81,7 +172,7 @@ pub(super) fn map(
 }
 
 /// Finds the fastest cache mode that the guest's kernel grants.
-pub(super) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
+pub(crate) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     let open = || {
         let file = open(path, access)?;
         let info = info(&file, path)?;
@@ -102,7 +193,7 @@ pub(super) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError>
 }
 
 /// Asks the driver for its description of the device, and checks the driver's version.
-pub(super) fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
+fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
     let info = calls::info(file).map_err(|error| match error {
         Errno::NOTTY | Errno::INVAL => DeviceError::NotADevice {
             path: path.to_owned(),
@@ -119,7 +210,7 @@ pub(super) fn info(file: &File, path: &Path) -> Result<Info, DeviceError> {
 }
 
 /// Asks the driver for the layout that it has.
-pub(super) fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
+fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
     let region_size = info(file, path)?.region_size;
     let page = calls::superblock(file).map_err(|error| system("examine", path, error))?;
     Layout::decode(&page, region_size).map_err(|source| DeviceError::Layout {
@@ -129,7 +220,7 @@ pub(super) fn layout(file: &File, path: &Path) -> Result<Layout, DeviceError> {
 }
 
 /// Returns the error of a system call.
-pub(super) fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
+pub(crate) fn system(what: &'static str, path: &Path, error: Errno) -> DeviceError {
     DeviceError::System {
         what,
         path: path.to_owned(),

@@ -21,6 +21,8 @@ struct Report {
     name: String,
     /// Number of the region.
     instance: String,
+    /// Whether the device has its driver. Programs use it by sysfs otherwise.
+    driver: bool,
     /// PCI address in the form of lspci, `DDDD:BB:DD.F`.
     pci_address: String,
     /// Guest-physical address of the region.
@@ -72,6 +74,7 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
     let report = Report {
         name: identity.name.to_string(),
         instance: identity.instance.to_string(),
+        driver: device.has_driver(),
         pci_address: format!(
             "{:04x}:{:02x}:{:02x}.{}",
             address >> 16,
@@ -115,6 +118,9 @@ fn describe(report: &Report) -> String {
         report.epoch,
         report.cache.lines().join("\n             "),
     );
+    if !report.driver {
+        text.push_str("\ndriver       none: programs use the device by sysfs, and poll");
+    }
     let peer = |id| peer_name(id, report.host);
     for channel in &report.channels {
         text.push_str(&format!(

@@ -50,7 +50,15 @@ pub fn run(cli: &Cli) -> Result<()> {
         .cache(cli.cache.0)
         .access(access)
         .open(path)?;
-    if cli.device.is_none() {
+    if !device.has_driver() && path != device.path() {
+        let _ = writeln!(
+            stderr(),
+            "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
+             keep out others)",
+            device.path().display()
+        );
+    }
+    if cli.device.is_none() && device.has_driver() {
         warn_of_choice(&device, guest::nodes().len());
     }
     if let Some(choice) = device.choice() {

@@ -60,6 +60,8 @@ struct World {
     sleeps: u32,
     longest: Duration,
     last: Option<Duration>,
+    /// Whether a ring ends a sleep of the tested end.
+    can_wake: bool,
 }
 
 impl World {
@@ -95,7 +97,7 @@ impl Events for Script {
         let end = world.now + timeout.unwrap_or(Duration::from_secs(1));
         while world.now < end {
             world.now += MICROSECOND;
-            if world.go_on() {
+            if world.go_on() && world.can_wake {
                 return Ok(true);
             }
         }
@@ -112,6 +114,10 @@ impl Events for Script {
     fn can_spin(&self) -> bool {
         true
     }
+
+    fn can_wake(&self) -> bool {
+        self.0.borrow().can_wake
+    }
 }
 
 impl Script {
@@ -126,6 +132,7 @@ impl Script {
             sleeps: 0,
             longest: Duration::ZERO,
             last: None,
+            can_wake: true,
         })))
     }
 
@@ -256,6 +263,35 @@ fn awake_producer_gets_no_back_off_ring() {
     }
     let world = script.0.borrow();
     assert_eq!((world.sleeps, world.rings, world.stuck), (1, 0, 0));
+}
+
+/// Shows that such an end looks as often in each wait as in the first one.
+#[test]
+fn end_that_nothing_wakes_arms_no_wake_up() {
+    let late = 20_000 * MICROSECOND;
+    for strategy in [Strategy::SLEEP, Strategy::PROMPT, Strategy::STREAM] {
+        let (mut receiver, script) = receiver(strategy);
+        script.0.borrow_mut().can_wake = false;
+        for _ in 0..3 {
+            script.goes_on(late, Duration::MAX);
+            assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+            receiver.release().unwrap();
+            let last = script.0.borrow().last;
+            assert!(last < Some(late), "{strategy:?}: {last:?}");
+        }
+        assert_eq!(receiver.wait(Some(Duration::ZERO)), Ok(Wakeup::TimedOut));
+        script.goes_on(late, Duration::MAX);
+        assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+        assert_eq!(script.0.borrow().rings, 0, "{strategy:?}");
+
+        let (mut sender, script) = sender(strategy);
+        script.0.borrow_mut().can_wake = false;
+        script.goes_on(late, MICROSECOND);
+        for _ in 0..64 {
+            assert_eq!(send(&mut sender), Sent::Committed);
+        }
+        assert_eq!(script.0.borrow().rings, 0, "{strategy:?}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Error, Result, bail};
@@ -42,11 +42,27 @@ pub(super) fn available(
         components,
         ..
     } = recipe;
+    let file = apt_configuration(mirror, backports, components, network_settings, work)?;
+    let apt = |program: &str, verb: &str| {
+        output(Command::new(program).arg(verb).env("APT_CONFIG", &file))
+    };
+    apt("apt-get", "update").with_context(|| format!("{mirror} gives no {backports}"))?;
+    Ok(find(&apt("apt-cache", "dumpavail")?, &recipe.flavour))
+}
+
+/// Writes a configuration of apt's own into `work`, for a suite of a mirror, and returns its path.
+pub(super) fn apt_configuration(
+    mirror: &str,
+    suite: &str,
+    components: &str,
+    network_settings: &str,
+    work: &Path,
+) -> Result<PathBuf> {
     fs::create_dir_all(work.join("state/lists/partial"))?;
     fs::create_dir_all(work.join("cache"))?;
     fs::write(
         work.join("sources.list"),
-        format!("deb [signed-by={KEYRING}] {mirror} {backports} {components}\n"),
+        format!("deb [signed-by={KEYRING}] {mirror} {suite} {components}\n"),
     )?;
     let folder = work.display();
     let configuration = format!(
@@ -65,11 +81,7 @@ pub(super) fn available(
     );
     let file = work.join("apt.conf");
     fs::write(&file, configuration)?;
-    let apt = |program: &str, verb: &str| {
-        output(Command::new(program).arg(verb).env("APT_CONFIG", &file))
-    };
-    apt("apt-get", "update").with_context(|| format!("{mirror} gives no {backports}"))?;
-    Ok(find(&apt("apt-cache", "dumpavail")?, &recipe.flavour))
+    Ok(file)
 }
 
 /// Finds the complete kernels in an index, the newest first.

@@ -10,6 +10,7 @@ mod metadata;
 mod mirror;
 mod program;
 mod rootfs;
+mod stock;
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use self::cache::{Cache, Lock};
 pub use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
+pub use self::stock::StockKernel;
 use crate::recipe::{Kind, Recipe};
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Addresses of PCI devices, as `lspci -D` prints them, and the texts by which programs name a
+//! device without a driver.
+
+use std::fmt::{self, Display, Formatter};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::guest::sysfs::error::SysfsError;
+
+/// The text before an address by which a program names a device without a driver.
+const PREFIX: &str = "sysfs:";
+
+/// The address of a PCI device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct PciAddress(u32);
+
+impl PciAddress {
+    /// Returns the address that a program names by `sysfs:ADDRESS`; `None` if the text begins
+    /// otherwise.
+    pub(crate) fn named_by(device: &Path) -> Option<Result<Self, SysfsError>> {
+        let text = device.to_str()?.strip_prefix(PREFIX)?;
+        Some(text.parse())
+    }
+
+    /// Returns the text by which a program names the device.
+    pub(crate) fn name(self) -> PathBuf {
+        format!("{PREFIX}{self}").into()
+    }
+
+    /// Returns the number, as [`Info::pci_address`](barlink_protocol::wire::uapi::Info) has it.
+    pub(crate) fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl FromStr for PciAddress {
+    type Err = SysfsError;
+
+    /// Parses `DDDD:BB:DD.F`. The domain can be left out.
+    fn from_str(text: &str) -> Result<Self, SysfsError> {
+        let part = |digits: &str, limit: u32| {
+            let is_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let number = u32::from_str_radix(digits, 16).ok()?;
+            (is_hex && number <= limit).then_some(number)
+        };
+        let parse = || {
+            let (rest, function) = text.split_once('.')?;
+            let (bus, device) = rest.rsplit_once(':')?;
+            let (domain, bus) = bus.split_once(':').unwrap_or(("0", bus));
+            Some(PciAddress(
+                part(domain, 0xffff)? << 16
+                    | part(bus, 0xff)? << 8
+                    | part(device, 0x1f)? << 3
+                    | part(function, 7)?,
+            ))
+        };
+        parse().ok_or_else(|| SysfsError::Address {
+            text: text.to_owned(),
+        })
+    }
+}
+
+impl Display for PciAddress {
+    /// Writes `DDDD:BB:DD.F`, the name of the device's folder in `/sys/bus/pci/devices`.
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let number = self.0;
+        let (domain, bus) = (number >> 16, number >> 8 & 0xff);
+        let (device, function) = (number >> 3 & 0x1f, number & 7);
+        write!(f, "{domain:04x}:{bus:02x}:{device:02x}.{function}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_those_of_lspci() {
+        for (text, number, whole) in [
+            ("0000:01:00.0", 0x100, "0000:01:00.0"),
+            ("01:00.0", 0x100, "0000:01:00.0"),
+            ("fFfF:ff:1f.7", 0xffff_ffff, "ffff:ff:1f.7"),
+        ] {
+            let address: PciAddress = text.parse().unwrap();
+            assert_eq!(
+                (address.number(), address.to_string()),
+                (number, whole.to_owned())
+            );
+        }
+        for text in [
+            "",
+            "01:00",
+            "01:00.8",
+            "01:20.0",
+            "100:00.0",
+            "10000:01:00.0",
+            "+1:00.0",
+            "1:2:3:4.0",
+        ] {
+            let error = text.parse::<PciAddress>().unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("invalid PCI address `{text}`")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn prefix_names_device_without_driver() {
+        let named = |text: &str| PciAddress::named_by(Path::new(text)).map(Result::ok);
+        let address: PciAddress = "01:00.0".parse().unwrap();
+        assert_eq!(named("sysfs:01:00.0"), Some(Some(address)));
+        assert_eq!(named("sysfs:vm1"), Some(None));
+        assert_eq!(named("/dev/barlink0"), None);
+        assert_eq!(named("vm1"), None);
+        assert_eq!(address.name(), Path::new("sysfs:0000:01:00.0"));
+    }
+}
