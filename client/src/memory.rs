@@ -205,8 +205,8 @@ impl Mapping {
         Ok(Self::finish(pages))
     }
 
-    /// Maps as [`Mapping::map_behind`] does, without unmapping a part of a mapping of the file. Linux
-    /// 6.1 forgets the cache modes of device memory that is unmapped in parts.
+    /// Maps as [`Mapping::map_behind`] does, without unmapping a part of a mapping of the file.
+    /// Linux 6.1 forgets the cache modes of device memory that is unmapped in parts.
     pub(crate) fn map_apart(file: impl AsFd, size: usize, writable: usize) -> Result<Self, Errno> {
         if size <= writable {
             return Err(Errno::INVAL);

@@ -110,8 +110,8 @@ pub trait Events {
         Ok(())
     }
 
-    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`. A caller
-    /// that has not read the clock gives no time.
+    /// Checks the device as [`Events::check_device`] does if that is due at the time `now`. A
+    /// caller that has not read the clock gives no time.
     #[inline(always)]
     fn check_device_if_due(&mut self, now: Option<Duration>) -> Result<(), Self::Error> {
         let _ = now;

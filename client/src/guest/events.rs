@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Doorbells in the guest: the driver's ioctl rings, and its file wakes. Without a driver a register
-//! rings, and nothing wakes.
+//! Doorbells in the guest: the driver's ioctl rings, and its file wakes. Without a driver a
+//! register rings, and nothing wakes.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -123,8 +123,8 @@ impl DeviceEvents {
         is_gone.unwrap_or(false)
     }
 
-    /// Returns whether the device is gone, for an end that does not wait, at this time of its clock.
-    /// Looks seldom, and only where the kernel leaves the mapping of a removed device in place.
+    /// Returns whether the device is gone, for an end that does not wait, at this time of its
+    /// clock. Looks seldom, and only where the kernel leaves the mapping of a removed device in place.
     pub(crate) fn looks_gone(&self, now: Duration) -> bool {
         let Source::Sysfs { looked, .. } = &self.source else {
             return false;

@@ -267,7 +267,7 @@ fn awake_producer_gets_no_back_off_ring() {
 
 /// Shows that such an end looks as often in each wait as in the first one.
 #[test]
-fn end_that_nothing_wakes_arms_no_wake_up() {
+fn end_without_interrupts_arms_no_wake_up() {
     let late = 20_000 * MICROSECOND;
     for strategy in [Strategy::SLEEP, Strategy::PROMPT, Strategy::STREAM] {
         let (mut receiver, script) = receiver(strategy);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The folder of a PCI device in sysfs, `/sys/bus/pci/devices/ADDRESS`
-//! (`Documentation/ABI/testing/sysfs-bus-pci`). Its files are opened relative to the folder, so that
-//! they all belong to one device, also if another one gets the address.
+//! (`Documentation/ABI/testing/sysfs-bus-pci`). Its files are opened relative to the folder, so
+//! that they all belong to one device, also if another one gets the address.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -4,9 +4,9 @@
 //! `resource0` has the doorbell. There are no interrupts, so ends poll.
 //!
 //! The programs of the guest share what the driver would have for itself: the presence page of the
-//! slot, and the claims. They lock each other out by locks of bytes of `resource2`, which the kernel
-//! has for each open file and removes when its processes have ended. So there is no file of our own
-//! that another user could make first, and a device that is plugged in anew has no locks.
+//! slot, and the claims. They lock each other out by locks of bytes of `resource2`, which the
+//! kernel has for each open file and removes when its processes have ended. So there is no file of
+//! our own that another user could make first, and a device that is plugged in anew has no locks.
 //!
 //! | bytes of `resource2` | lock |
 //! |---|---|

@@ -23,8 +23,8 @@ pub(super) struct Registers {
 }
 
 impl Registers {
-    /// Maps the registers from the file `resource0`. `start` is the address of the BAR, which can be
-    /// within a page.
+    /// Maps the registers from the file `resource0`. `start` is the address of the BAR, which can
+    /// be within a page.
     pub(super) fn map(file: &File, start: u64, access: Access) -> Result<Self, Errno> {
         Ok(Registers {
             mapping: Mapping::map(file, PAGE_SIZE as usize, access)?,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Sessions over a folder of ordinary files. `ci/tests/transports/sysfs.rs` has those of real guests.
+//! Sessions over a folder of ordinary files. `ci/tests/transports/sysfs.rs` has those of real
+//! guests.
 
 use std::os::unix::fs::{FileExt, symlink};
 
@@ -156,7 +157,7 @@ fn layout(names: &[&str]) -> Layout {
 const HOST: u32 = 2 << 16;
 
 #[test]
-fn first_session_begins_epoch_and_last_ends_it() {
+fn epoch_lasts_from_first_to_last_session() {
     let fake = Fake::new();
     let epoch = || fake.load(PAGE);
     // What a driver that was killed with its VM may have left.
