@@ -24,16 +24,16 @@ pub struct Cli {
     /// missing the only device without a driver]
     #[arg(long, global = true, help_heading = "Device", value_name = "DEVICE")]
     pub device: Option<PathBuf>,
-    /// Cache mode of the device's mapping; all processes have the same mode at a time
+    /// Cache mode of the device's mapping; all processes have the same mode at a time [default:
+    /// auto]
     #[arg(
         long,
         global = true,
         help_heading = "Device",
         value_name = "MODE",
-        value_enum,
-        default_value_t
+        value_enum
     )]
-    pub cache: Cache,
+    pub cache: Option<Cache>,
 }
 
 /// A cache mode of the command line: one of the library's.
@@ -64,7 +64,7 @@ impl Cache {
                 "As ordinary memory; needs a device above 4 GiB, otherwise uncached-minus is shown"
             }
             guest::Cache::Auto => {
-                "Fastest mode that the kernel grants, by a short measurement; `same` if the region is mapped"
+                "Noncached unless a measurement of a few ms finds a mode more than twice as fast; `same` if the region is mapped"
             }
             _ => "Mode that this program does not describe",
         }

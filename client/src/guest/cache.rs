@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The cache mode that a region is mapped in, and the choice of the fastest.
+//! The cache mode that a region is mapped in, and the choice of it by a measurement.
 
 use std::fmt::{self, Display, Formatter};
 use std::hint::black_box;
@@ -32,7 +32,6 @@ use crate::memory::Mapping;
 pub enum Cache {
     /// The mode of the region's live mappings for writing, whichever process has them; noncached if
     /// there are none.
-    #[default]
     Same,
     /// Noncached: each access goes over the bus. The driver reports it as uncached-minus, which is
     /// the kernel's `pgprot_noncached`.
@@ -42,9 +41,10 @@ pub enum Cache {
     /// Write-back, as the guest's own memory. The kernel grants it for a region above 4 GiB, and
     /// uncached-minus for one below. An error for a device that is used without its driver.
     WriteBack,
-    /// The fastest mode that the guest's kernel grants, by a short measurement of reads. Of modes
-    /// whose speeds differ by less than 10 %, it is the most cached one. [`Cache::Same`] if the
-    /// region is mapped.
+    /// Noncached as long as a short measurement of reads finds no mode more than twice as fast,
+    /// otherwise the fastest mode that the guest's kernel grants. Of fast modes whose speeds differ
+    /// by less than 10 %, it is the most cached one. [`Cache::Same`] if the region is mapped.
+    #[default]
     Auto,
 }
 
@@ -137,14 +137,17 @@ impl FromStr for Cache {
 pub struct UnknownCache(String);
 
 /// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one
-/// copy.
-const WINDOW: u64 = 256 << 10;
-const PART: usize = 16 << 10;
+/// copy. Noncached memory is read at some tens of MB/s, so that one round over it takes one to two
+/// milliseconds.
+const WINDOW: u64 = 64 << 10;
+const PART: usize = 4 << 10;
 /// Rounds over all modes, so that costs of the first touch do not count against one mode, and the
 /// time of each measurement.
 const ROUNDS: usize = 3;
-const TIME: Duration = Duration::from_millis(1);
-/// The factor by which a less preferred mode must be faster to be chosen.
+const TIME: Duration = Duration::from_micros(300);
+/// The factor by which another mode must be faster than noncached to be chosen.
+const ENOUGH: f64 = 2.0;
+/// The factor by which a less cached mode must then be faster than a more cached one.
 const MARGIN: f64 = 1.1;
 
 /// The result of [`Cache::Auto`], which [`Device::choice`](super::Device::choice) returns. Its text
@@ -187,7 +190,6 @@ impl Choice {
         open: impl Fn() -> Result<(F, Info), E>,
         map: impl Fn(&F, usize, Option<CacheMode>) -> Result<Mapping, Errno>,
         info: impl Fn(&F) -> Result<Info, E>,
-        failed: impl Fn(Errno) -> E,
     ) -> Result<Self, E> {
         let mut speeds = Cache::MODES.map(|cache| (cache, None));
         for turn in 0..ROUNDS * speeds.len() {
@@ -200,7 +202,10 @@ impl Choice {
             let size = before.mappable_size.min(WINDOW) as usize;
             let mapping = match map(&file, size, cache.mode()) {
                 Err(Errno::BUSY) => return Ok(Choice::SAME),
-                mapping => mapping.map_err(&failed)?,
+                // The kernel grants no such mapping. If it grants none at all, the program's own
+                // mapping fails with the cause.
+                Err(_) => continue,
+                Ok(mapping) => mapping,
             };
             let granted = info(&file)?.granted;
             if cache.mode().map(|mode| mode as u32) == Some(granted) {
@@ -209,7 +214,7 @@ impl Choice {
             }
         }
         Ok(Choice {
-            cache: fastest(&speeds),
+            cache: choose(&speeds),
             speeds: speeds.into(),
         })
     }
@@ -237,15 +242,18 @@ fn read_speed(mapping: &Mapping, granted: u32) -> f64 {
     length as f64 / best.as_secs_f64().max(1e-9)
 }
 
-/// Returns the first mode that no other mode exceeds by more than the margin, or noncached if none
-/// was granted.
-fn fastest(speeds: &[(Cache, Option<f64>)]) -> Cache {
+/// Returns noncached if it is fast enough or no mode was granted, otherwise the first mode that no
+/// other mode exceeds by more than the margin.
+fn choose(speeds: &[(Cache, Option<f64>)]) -> Cache {
     let granted = || {
         speeds
             .iter()
             .filter_map(|&(cache, speed)| Some((cache, speed?)))
     };
     let best = granted().map(|(_, speed)| speed).fold(0.0, f64::max);
+    if granted().any(|(cache, speed)| cache == Cache::Noncached && speed * ENOUGH >= best) {
+        return Cache::Noncached;
+    }
     let mut near = granted().filter(|(_, speed)| speed * MARGIN >= best);
     near.next().map_or(Cache::Noncached, |(cache, _)| cache)
 }
@@ -273,28 +281,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chooses_most_cached_of_equally_fast_modes() {
-        let choose = |speeds: [Option<f64>; 3]| {
-            let speeds: Vec<_> = Cache::MODES.into_iter().zip(speeds).collect();
-            fastest(&speeds)
-        };
-        assert_eq!(
-            choose([Some(95.0), Some(100.0), Some(99.0)]),
-            Cache::WriteBack
-        );
-        assert_eq!(
-            choose([Some(90.0), Some(95.0), Some(100.0)]),
-            Cache::WriteCombining
-        );
-        assert_eq!(
-            choose([Some(50.0), Some(50.0), Some(100.0)]),
-            Cache::Noncached
-        );
-        assert_eq!(
-            choose([None, Some(95.0), Some(100.0)]),
-            Cache::WriteCombining
-        );
-        assert_eq!(choose([None; 3]), Cache::Noncached);
+    fn chooses_noncached_unless_it_is_slow() {
+        for (speeds, chosen) in [
+            ([Some(100.0), Some(100.0), Some(100.0)], Cache::Noncached),
+            ([Some(100.0), Some(100.0), Some(50.0)], Cache::Noncached),
+            ([Some(100.0), Some(50.0), Some(49.0)], Cache::WriteBack),
+            ([Some(95.0), Some(100.0), Some(1.0)], Cache::WriteBack),
+            ([Some(90.0), Some(100.0), Some(1.0)], Cache::WriteCombining),
+            ([None, Some(100.0), Some(50.0)], Cache::Noncached),
+            ([None, Some(100.0), Some(49.0)], Cache::WriteCombining),
+            ([Some(100.0), Some(50.0), None], Cache::WriteBack),
+            ([None; 3], Cache::Noncached),
+        ] {
+            let measured: Vec<_> = Cache::MODES.into_iter().zip(speeds).collect();
+            assert_eq!(choose(&measured), chosen, "{speeds:?}");
+        }
     }
 
     #[test]

@@ -171,7 +171,7 @@ fn map(
     }
 }
 
-/// Finds the fastest cache mode that the guest's kernel grants.
+/// Chooses a cache mode by a measurement.
 pub(crate) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     let open = || {
         let file = open(path, access)?;
@@ -188,7 +188,6 @@ pub(crate) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError>
         open,
         |file, size, mode| map_in(file, size, mode, Access::ReadOnly),
         |file| info(file, path),
-        |error| system("map", path, error),
     )
 }
 

@@ -2,9 +2,11 @@
 
 //! The command `barlink-guest info`.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
-use barlink::guest::Device;
-use barlink_cli::cache::Cache;
+use barlink::guest::{Choice, Device};
+use barlink_cli::cache::{Cache, wrap};
 use barlink_cli::channel::{peer_name, policy_note};
 use barlink_cli::standard::print;
 use barlink_protocol::CacheState;
@@ -41,8 +43,34 @@ struct Report {
     cache_mode: &'static str,
     /// The requested mode, the granted mode, and the reason if they differ.
     cache: Cache,
+    /// The measurement that chose the mode to ask for; `null` if the mode was requested by name.
+    choice: Option<Measured>,
     /// The channels of the region.
     channels: Vec<Channel>,
+}
+
+/// The choice of a cache mode by a measurement.
+#[derive(Serialize)]
+struct Measured {
+    /// The chosen mode; `same` if the region was mapped already, which leaves `speeds` empty.
+    cache: &'static str,
+    /// Bytes a second that were read in each mode; `null` for a mode that was not granted.
+    speeds: BTreeMap<&'static str, Option<f64>>,
+    #[serde(skip)]
+    text: String,
+}
+
+impl From<&Choice> for Measured {
+    fn from(choice: &Choice) -> Self {
+        let speeds = choice.speeds.iter();
+        Measured {
+            cache: choice.cache.name(),
+            speeds: speeds
+                .map(|(cache, speed)| (cache.name(), *speed))
+                .collect(),
+            text: format!("chosen {choice}"),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -90,6 +118,7 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         epoch: info.epoch,
         cache_mode: cache.granted.unwrap_or("unknown"),
         cache,
+        choice: device.choice().map(Measured::from),
         channels: channels.collect(),
     };
     let text = if args.json {
@@ -101,6 +130,10 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
 }
 
 fn describe(report: &Report) -> String {
+    let mut cache = report.cache.lines();
+    if let Some(choice) = &report.choice {
+        cache.extend(wrap(&choice.text));
+    }
     let mut text = format!(
         "name         {}\ninstance     {}\nPCI address  {}\nregion       {} at {:#x}\nslot         {} (the host is number {})\nvectors      {}\n\
          epoch        {}\ncache mode   {}",
@@ -116,7 +149,7 @@ fn describe(report: &Report) -> String {
         report.host,
         report.vectors,
         report.epoch,
-        report.cache.lines().join("\n             "),
+        cache.join("\n             "),
     );
     if !report.driver {
         text.push_str("\ndriver       none: programs use the device by sysfs, and poll");

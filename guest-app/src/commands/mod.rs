@@ -38,6 +38,14 @@ fn warn_of_choice(device: &Device, count: usize) {
     );
 }
 
+/// Tells the cache mode that a measurement chose, and the reason, in a line on standard error.
+fn tell_choice(device: &Device) {
+    if let Some(choice) = device.choice() {
+        // `eprintln` would panic where standard error is closed.
+        let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
+    }
+}
+
 pub fn run(cli: &Cli) -> Result<()> {
     // A user who may only read the device can use these commands.
     let access = match &cli.command {
@@ -47,7 +55,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     };
     let path = cli.device.as_deref().unwrap_or(Path::new(DEFAULT_DEVICE));
     let device = OpenOptions::new()
-        .cache(cli.cache.0)
+        .cache(cli.cache.unwrap_or_default().0)
         .access(access)
         .open(path)?;
     if !device.has_driver() && path != device.path() {
@@ -61,9 +69,9 @@ pub fn run(cli: &Cli) -> Result<()> {
     if cli.device.is_none() && device.has_driver() {
         warn_of_choice(&device, guest::nodes().len());
     }
-    if let Some(choice) = device.choice() {
-        // `eprintln` would panic where standard error is closed.
-        let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
+    // `info` has the choice in its output.
+    if cli.cache.is_some() && !matches!(cli.command, Command::Info(_)) {
+        tell_choice(&device);
     }
     let ends_at_once = matches!(
         cli.command,
@@ -78,7 +86,14 @@ pub fn run(cli: &Cli) -> Result<()> {
             broker::check(&device);
             Ok(())
         }
-        Command::Send(args) => stream::send(&device, args),
+        Command::Send(args) => {
+            stream::send(&device, args)?;
+            // A rate tells little without the mode that it was reached in.
+            if cli.cache.is_none() && !args.stream.json {
+                tell_choice(&device);
+            }
+            Ok(())
+        }
         Command::Recv(args) => stream::recv(&device, args),
         Command::Tail(args) => tail::tail(&args.tail, &args.channel, device.tap(&args.channel)?),
         Command::Echo(args) => {

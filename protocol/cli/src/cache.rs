@@ -47,18 +47,24 @@ impl Cache {
             name(self.granted)
         )];
         lines.extend(self.cause.clone());
-        let cure = self.cure.unwrap_or_default().split_whitespace();
-        for (index, word) in cure.enumerate() {
-            match lines.last_mut() {
-                Some(line) if index > 0 && line.len() + word.len() < WIDTH => {
-                    line.push(' ');
-                    line.push_str(word);
-                }
-                _ => lines.push(word.to_owned()),
-            }
-        }
+        lines.extend(wrap(self.cure.unwrap_or_default()));
         lines
     }
+}
+
+/// Wraps a text into lines that fit into a terminal of 80 columns, behind a label.
+pub fn wrap(text: &str) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.len() + word.len() < WIDTH => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 #[cfg(test)]

@@ -279,7 +279,7 @@ impl Session {
         Ok((session, mapping))
     }
 
-    /// Finds the fastest cache mode.
+    /// Chooses a cache mode by a measurement.
     pub(crate) fn choose(address: PciAddress, access: Access) -> Result<Choice, DeviceError> {
         let devices = Path::new(folder::DEVICES);
         // A session that only reads changes nothing.
@@ -311,7 +311,6 @@ impl Session {
                 Ok(mapping)
             },
             |granted| Ok(info(granted.get())),
-            failed("map", address),
         )
     }
 
