@@ -124,7 +124,8 @@ impl DeviceEvents {
     }
 
     /// Returns whether the device is gone, for an end that does not wait, at this time of its
-    /// clock. Looks seldom, and only where the kernel leaves the mapping of a removed device in place.
+    /// clock. Looks seldom, and only where the kernel leaves the mapping of a removed device in
+    /// place.
     pub(crate) fn looks_gone(&self, now: Duration) -> bool {
         let Source::Sysfs { looked, .. } = &self.source else {
             return false;
