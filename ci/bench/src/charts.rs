@@ -394,6 +394,9 @@ mod tests {
     fn report() -> Result<Report> {
         let conditions = Conditions {
             accelerator: "tcg",
+            processor: String::new(),
+            host_kernel: String::new(),
+            qemu: String::new(),
             kernel: String::new(),
             cache_modes: Vec::new(),
             raw_cache_mode: String::new(),

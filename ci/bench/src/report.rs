@@ -177,6 +177,9 @@ impl Report {
         let mut row = serde_json::to_value(row)?;
         let all = json!({
             "accelerator": self.conditions.accelerator,
+            "processor": self.conditions.processor,
+            "host_kernel": self.conditions.host_kernel,
+            "qemu": self.conditions.qemu,
             "kernel": self.conditions.kernel,
             "guest_cpus": self.conditions.guest_cpus,
             "host_cpus": self.conditions.host_cpus,
@@ -200,6 +203,7 @@ impl fmt::Display for Conditions {
             raw_cache_mode,
             guest_cpus,
             host_cpus,
+            ..
         } = self;
         write!(
             f,
@@ -221,7 +225,16 @@ impl fmt::Display for Report {
         let conditions = &self.conditions;
         let (seconds, rounds) = self.took;
         let range = range_name(rounds);
-        writeln!(f, "Rounds: {rounds}. Time: {seconds:.0} s.\n")?;
+        let Conditions {
+            processor,
+            host_kernel,
+            qemu,
+            ..
+        } = conditions;
+        writeln!(
+            f,
+            "Rounds: {rounds}. Time: {seconds:.0} s. Machine: {processor}, host kernel {host_kernel}, QEMU {qemu}.\n"
+        )?;
         if !self.streams.is_empty() {
             writeln!(
                 f,

@@ -17,8 +17,9 @@ use anyhow::{Context, Result, ensure};
 use barlink_bench_load::{CAPACITY, RAW_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::system::uname;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::case::Way;
 use super::host;
@@ -52,6 +53,12 @@ pub enum Side {
 pub struct Conditions {
     /// The accelerator that runs the guest's instructions.
     pub accelerator: &'static str,
+    /// The model of the host's processors.
+    pub processor: String,
+    /// The version of the host's kernel.
+    pub host_kernel: String,
+    /// The version of QEMU, with its package's if it has one.
+    pub qemu: String,
     /// The version of the guest's kernel.
     pub kernel: String,
     /// The cache modes of the region in the guest, by transport.
@@ -62,6 +69,35 @@ pub struct Conditions {
     pub guest_cpus: u32,
     /// Number of the host's processors.
     pub host_cpus: usize,
+}
+
+/// Returns the model of the host's processors, as the kernel names it.
+fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut lines = text.lines().filter_map(|line| line.split_once(':'));
+    let model = lines.find(|(name, _)| name.trim_end() == "model name");
+    model
+        .map_or("unknown", |(_, model)| model.trim())
+        .to_owned()
+}
+
+/// Returns the version in the answer to `query-version`, such as "11.1.0 (Debian 1:11.1.0+ds-2)".
+fn qemu_version(answer: &Value) -> Result<String> {
+    let number = |name: &str| {
+        let number = answer["qemu"][name].as_u64();
+        number.with_context(|| format!("QEMU's version has no {name}: {answer}"))
+    };
+    let version = format!(
+        "{}.{}.{}",
+        number("major")?,
+        number("minor")?,
+        number("micro")?
+    );
+    let package = answer["package"].as_str().unwrap_or_default().trim();
+    Ok(match package {
+        "" => version,
+        package => format!("{version} ({})", package.trim_matches(['(', ')'])),
+    })
 }
 
 /// The broker and the VM: see the module. The fields are dropped in this order.
@@ -171,6 +207,9 @@ impl<'a> Scene<'a> {
                 Accel::Kvm => "kvm",
                 Accel::Tcg => "tcg",
             },
+            processor: processor(),
+            host_kernel: uname().release().to_string_lossy().into_owned(),
+            qemu: qemu_version(&self.vm.qmp("query-version", &json!({}))?)?,
             kernel: kernel.trim_end().to_owned(),
             cache_modes: Transport::ALL
                 .map(cache_mode)

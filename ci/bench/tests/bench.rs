@@ -26,6 +26,7 @@ fn short_bench_measures_every_way() -> Result<()> {
     sleeping_ends_use_no_processor(&report)?;
     both_ends_sleep_in_sleeping_trips(&report)?;
     raw_ivshmem_has_cache_mode_of_barlink(&results)?;
+    results_name_their_machine(&results)?;
     charts_show_every_way(&report)
 }
 
@@ -158,6 +159,26 @@ fn both_ends_sleep_in_sleeping_trips(report: &Report) -> Result<()> {
         pairs += 1;
     }
     ensure!(pairs == Transport::ALL.len() + 1, "{pairs} pairs of ends");
+    Ok(())
+}
+
+/// Checks that each result says where it was measured, so that a user can send it.
+fn results_name_their_machine(results: &Value) -> Result<()> {
+    let host_kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let processors = fs::read_to_string("/proc/cpuinfo")?;
+    for row in results["streams"].as_array().context("no streams")? {
+        assert_eq!(row["host_kernel"], host_kernel.trim_end());
+        let processor = row["processor"].as_str().context("no processor")?;
+        ensure!(
+            processor == "unknown" || processors.contains(processor),
+            "{row}"
+        );
+        let qemu = row["qemu"].as_str().context("no QEMU")?;
+        ensure!(
+            qemu.starts_with(|first: char| first.is_ascii_digit()),
+            "{qemu}"
+        );
+    }
     Ok(())
 }
 
