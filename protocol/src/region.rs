@@ -377,15 +377,13 @@ pub(crate) fn write(fd: libc::c_int, bytes: &[u8]) -> io::Result<usize> {
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
 /// disk's quota or a file server can report its error as late as this. A process that has no
-/// descriptor left for the copy learns of no such error. The close gives back the locks by `fcntl`
-/// that the process has of the file.
+/// descriptor left for the copy cannot learn of such an error, which is an error as well. The close
+/// gives back the locks by `fcntl` that the process has of the file.
 #[cfg(not(loom))]
 pub(crate) fn flush(fd: libc::c_int) -> io::Result<()> {
     // SAFETY: The call accesses no memory.
     let copied = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
-    if copied == -1 {
-        return Ok(());
-    }
+    result(copied as libc::ssize_t)?;
     // SAFETY: The copy was just made, and nothing else knows of it.
     match result(unsafe { libc::close(copied) } as libc::ssize_t) {
         // The descriptor is closed after EINTR as well.

@@ -75,11 +75,9 @@ pub fn flush_output() -> Result<()> {
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
 /// disk's quota or a file server can report its error as late as this. A process that has no
-/// descriptor left for the copy learns of no such error.
+/// descriptor left for the copy cannot learn of such an error, which is an error as well.
 pub fn flush(file: impl AsFd) -> std::io::Result<()> {
-    let Ok(copied) = file.as_fd().try_clone_to_owned() else {
-        return Ok(());
-    };
+    let copied = file.as_fd().try_clone_to_owned()?;
     match nix::unistd::close(copied) {
         Err(nix::errno::Errno::EINTR) => Ok(()),
         closed => Ok(closed?),
@@ -188,6 +186,32 @@ mod tests {
 
     #[test]
     fn file_that_shrinks_is_an_error() {
+    /// The file's error at its close would be lost.
+    #[test]
+    fn flush_without_spare_descriptor_is_error() {
+        const CHILD: &str = "BARLINK_TEST_FLUSH";
+        if std::env::var_os(CHILD).is_none() {
+            // The other tests of this process need descriptors.
+            let test = "standard::tests::flush_without_spare_descriptor_is_error";
+            let mut child = std::process::Command::new("sh");
+            child.args(["-c", "ulimit -n 64 && exec \"$0\" --exact \"$1\""]);
+            child.arg(std::env::current_exe().unwrap()).arg(test);
+            assert!(child.env(CHILD, "1").status().unwrap().success());
+            return;
+        }
+        let mut files = Vec::new();
+        while let Ok(file) = File::options().write(true).open("/dev/null") {
+            files.push(file);
+        }
+        let flushed = flush(&files[0]);
+        files.pop();
+        assert_eq!(
+            flushed.unwrap_err().raw_os_error(),
+            Some(Errno::MFILE.raw_os_error())
+        );
+        flush(&files[0]).unwrap();
+    }
+
         for (length, limit) in [(0, 1 << 30), (70_000, 1 << 30), (150_000, 100_000)] {
             let file = File::from(memfd_create("input", MemfdFlags::empty()).unwrap());
             file.set_len(200_000).unwrap();
