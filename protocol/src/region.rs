@@ -485,7 +485,7 @@ pub(crate) fn file_size(fd: libc::c_int) -> Option<u64> {
     let mut found = core::mem::MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC;
     let wanted = libc::STATX_TYPE | libc::STATX_SIZE;
-    // SAFETY: The path is a C string, and `statx` writes one `statx`, which is borrowed exclusively.
+    // SAFETY: The path is a C string. `statx` writes one `statx`, which is borrowed exclusively.
     let told = unsafe { libc::statx(fd, c"".as_ptr(), flags, wanted, found.as_mut_ptr()) };
     if told == 0 {
         // SAFETY: `statx` has succeeded, so it has written the value.
