@@ -13,7 +13,7 @@ use std::time::Duration;
 use barlink_broker::broker::confine_early_thread;
 use barlink_broker::environment::{text, variable};
 use env_logger::{Builder, Target, WriteStyle};
-use log::{Level, LevelFilter, error};
+use log::{Level, LevelFilter, error, warn};
 use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::fstat;
@@ -27,6 +27,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 /// Starts the log of a command that is not the broker: lines go to standard error at once.
 pub fn start() {
     builder(LevelFilter::Warn, WriteStyle::Auto).init();
+    warn_of_filter();
 }
 
 /// Starts the log of the broker: a thread writes the lines to standard error, and a panic is a line
@@ -60,6 +61,7 @@ pub fn start_queued() -> io::Result<LineQueue> {
         });
     }
     builder.target(Target::Pipe(Box::new(queue.clone()))).init();
+    warn_of_filter();
     let panics = queue.clone();
     std::panic::set_hook(Box::new(move |panic| {
         error!("{panic}");
@@ -91,7 +93,7 @@ fn builder(level: LevelFilter, style: WriteStyle) -> Builder {
     for chatty in ["vhost", "virtio_queue"] {
         builder.filter_module(chatty, LevelFilter::Off);
     }
-    match text("RUST_LOG") {
+    match text("RUST_LOG").filter(|filters| is_filter(filters)) {
         Some(filters) => builder.parse_filters(&filters),
         None => builder.filter_level(level),
     };
@@ -99,6 +101,33 @@ fn builder(level: LevelFilter, style: WriteStyle) -> Builder {
         builder.parse_write_style(&style);
     }
     builder
+}
+
+/// Returns whether each part of a filter is a level, a level of a module, or a module of the crates
+/// that log. `env_logger` takes any other word for the name of a module, and leaves out the lines
+/// of all others.
+fn is_filter(filters: &str) -> bool {
+    let is_level = |text: &str| text.parse::<LevelFilter>().is_ok();
+    let is_module = |name: &str| {
+        let known = ["barlink", "vfio", "vhost", "virtio"];
+        known.iter().any(|start| name.starts_with(start))
+    };
+    let parts = filters.split('/').next().unwrap_or_default().split(',');
+    let mut parts = parts.map(str::trim).filter(|part| !part.is_empty());
+    parts.all(|part| match part.split_once('=') {
+        Some((_, level)) => is_level(level.trim()),
+        None => is_level(part) || is_module(part),
+    })
+}
+
+/// Warns that RUST_LOG has no effect, because it is no filter.
+fn warn_of_filter() {
+    if let Some(filters) = text("RUST_LOG").filter(|filters| !is_filter(filters)) {
+        warn!(
+            "RUST_LOG has no effect, because `{}` is no filter: use off, error, warn, info, debug or trace, or MODULE=LEVEL",
+            filters.escape_default()
+        );
+    }
 }
 
 /// Returns whether standard error is the journal: `JOURNAL_STREAM` then has its device and inode

@@ -377,15 +377,13 @@ pub(crate) fn write(fd: libc::c_int, bytes: &[u8]) -> io::Result<usize> {
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
 /// disk's quota or a file server can report its error as late as this. A process that has no
-/// descriptor left for the copy learns of no such error. The close gives back the locks by `fcntl`
-/// that the process has of the file.
+/// descriptor left for the copy cannot learn of such an error, which is an error as well. The close
+/// gives back the locks by `fcntl` that the process has of the file.
 #[cfg(not(loom))]
 pub(crate) fn flush(fd: libc::c_int) -> io::Result<()> {
     // SAFETY: The call accesses no memory.
     let copied = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
-    if copied == -1 {
-        return Ok(());
-    }
+    result(copied as libc::ssize_t)?;
     // SAFETY: The copy was just made, and nothing else knows of it.
     match result(unsafe { libc::close(copied) } as libc::ssize_t) {
         // The descriptor is closed after EINTR as well.
@@ -455,10 +453,47 @@ pub(crate) fn is_message_socket(fd: libc::c_int) -> bool {
     told == 0 && kind != libc::SOCK_STREAM
 }
 
-/// Returns the size of a regular file in bytes, as its file system tells it. `None` for other
-/// files.
+/// Returns whether a file is of a file system of the kernel whose sizes do not tell how many bytes
+/// a file has. An unknown file system is none.
+#[cfg(not(loom))]
+pub fn is_pseudo(fd: libc::c_int) -> bool {
+    /// `MQUEUE_MAGIC` in `ipc/mqueue.c`, and `CONFIGFS_MAGIC`, `DEBUGFS_MAGIC` and `RDTGROUP_MAGIC`
+    /// in `linux/magic.h`.
+    const FURTHER: [u32; 4] = [0x1980_0202, 0x6265_6570, 0x6462_6720, 0x0765_5821];
+    const KNOWN: [u32; 6] = [
+        libc::PROC_SUPER_MAGIC as u32,
+        libc::SYSFS_MAGIC as u32,
+        libc::CGROUP_SUPER_MAGIC as u32,
+        libc::CGROUP2_SUPER_MAGIC as u32,
+        libc::TRACEFS_MAGIC as u32,
+        libc::SECURITYFS_MAGIC as u32,
+    ];
+    let mut found = core::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `fstatfs` writes one `statfs`, which is borrowed exclusively.
+    if unsafe { libc::fstatfs(fd, found.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: `fstatfs` has succeeded, so it has written the value.
+    let kind = unsafe { found.assume_init() }.f_type as u32;
+    KNOWN.contains(&kind) || FURTHER.contains(&kind)
+}
+
+/// Returns the size of a regular file in bytes, as its file system tells it now: a file system in
+/// user space or on a server is asked again. `None` for other files.
 #[cfg(not(loom))]
 pub(crate) fn file_size(fd: libc::c_int) -> Option<u64> {
+    let mut found = core::mem::MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC;
+    let wanted = libc::STATX_TYPE | libc::STATX_SIZE;
+    // SAFETY: The path is a C string. `statx` writes one `statx`, which is borrowed exclusively.
+    let told = unsafe { libc::statx(fd, c"".as_ptr(), flags, wanted, found.as_mut_ptr()) };
+    if told == 0 {
+        // SAFETY: `statx` has succeeded, so it has written the value.
+        let found = unsafe { found.assume_init() };
+        let is_regular = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFREG;
+        return is_regular.then_some(found.stx_size);
+    }
+    // A sandbox can refuse that call.
     let stat = stat(fd).filter(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFREG)?;
     u64::try_from(stat.st_size).ok()
 }

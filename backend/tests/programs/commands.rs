@@ -195,6 +195,24 @@ fn empty_variables_count_as_not_set() {
     });
 }
 
+/// Such a word would silence the log.
+#[test]
+fn invalid_log_filter_has_no_effect() {
+    for (filter, is_valid) in [
+        ("%%%", false),
+        ("verbose", false),
+        ("info,barlink=loud", false),
+        ("info,vhost=debug", true),
+        ("barlink_broker,barlink=info", true),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let broker = Broker::start_by(folder, &[], |command| command.env("RUST_LOG", filter));
+        let log = broker.log();
+        assert!(log.contains("serving"), "{filter}: {log}");
+        assert_eq!(log.contains("RUST_LOG has no effect"), !is_valid, "{log}");
+    }
+}
+
 /// A shell that a service has started has variables that were meant for the service.
 #[test]
 fn stray_descriptor_variables_prevent_no_start() {

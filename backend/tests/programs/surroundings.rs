@@ -270,6 +270,34 @@ fn background_broker_outlives_ctrl_c() {
     assert_eq!(code, Some(0));
 }
 
+/// The table of signals in docs/operations.md.
+#[test]
+fn signals_have_their_documented_effects() {
+    let mut folder = tempfile::tempdir().unwrap();
+    for (signal, expected) in [
+        (Signal::INT, Some(0)),
+        (Signal::TERM, Some(0)),
+        (Signal::QUIT, None),
+        (Signal::ALARM, None),
+        (Signal::USR1, None),
+        (Signal::USR2, None),
+    ] {
+        // The next broker starts whatever the last one left.
+        let broker = Broker::start_in(folder, &[]);
+        let ignored = [Signal::HUP, Signal::PIPE, Signal::CHILD, Signal::XFSZ];
+        for signal in ignored {
+            broker.signal(signal);
+            broker.attach().status().unwrap();
+        }
+        let control = broker.path("control.sock");
+        assert!(control.exists());
+        let (left, code) = broker.stop(signal);
+        assert_eq!(code, expected, "{signal:?}");
+        assert_eq!(control.exists(), expected.is_none(), "{signal:?}");
+        folder = left;
+    }
+}
+
 #[test]
 fn journal_lines_have_priorities_and_no_time() {
     let folder = tempfile::tempdir().unwrap();

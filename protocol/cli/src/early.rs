@@ -8,9 +8,10 @@
 //! ignored. So this part looks first.
 #![expect(
     unsafe_code,
-    reason = "runs before the runtime, looks at signals and sets the action of one"
+    reason = "runs before the runtime, looks at signals, sets the action of one, removes a variable"
 )]
 
+use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -26,6 +27,9 @@ static IGNORED: AtomicU8 = AtomicU8::new(0);
 /// Signals from a terminal. A shell without job control starts a program in the background with
 /// some of them ignored, so that Ctrl-C is for the program in the foreground.
 const SIGNALS: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
+
+/// The variable for output without colors.
+const NO_COLOR: &CStr = c"NO_COLOR";
 
 /// The loader of programs calls the functions of this section, before the runtime and `main`.
 // SAFETY: the section has pointers to functions of this type (`elf(5)`, `.init_array`). The C
@@ -51,6 +55,16 @@ extern "C" fn look() {
             IGNORED.fetch_or(1 << bit, Ordering::Relaxed);
         }
     }
+    // An empty value counts as none (https://no-color.org), but not for the crate that draws the
+    // progress of a stream.
+    // SAFETY: the name is a C string, and no other thread uses the environment yet. The value is a
+    // C string as well, and is not used after its removal.
+    unsafe {
+        let value = libc::getenv(NO_COLOR.as_ptr());
+        if !value.is_null() && *value == 0 {
+            libc::unsetenv(NO_COLOR.as_ptr());
+        }
+    }
     // A file that becomes too large for `ulimit -f` is then an error of write(2), which a program
     // can describe, and no signal that kills it.
     // SAFETY: the action runs no code of this program.
@@ -68,4 +82,25 @@ pub(crate) fn was_closed(fd: u8) -> bool {
 pub fn was_ignored(signal: c_int) -> bool {
     let bit = SIGNALS.iter().position(|known| *known == signal);
     bit.is_some_and(|bit| IGNORED.load(Ordering::Relaxed) >> bit & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    /// The crate `console` looks only whether the variable is there.
+    #[test]
+    fn empty_no_color_counts_as_unset() {
+        const EXPECTED: &str = "BARLINK_TEST_NO_COLOR";
+        if let Ok(expected) = std::env::var(EXPECTED) {
+            assert_eq!(std::env::var("NO_COLOR").unwrap_or("none".into()), expected);
+            return;
+        }
+        for (value, expected) in [("", "none"), ("1", "1")] {
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", "early::tests::empty_no_color_counts_as_unset"]);
+            child.env("NO_COLOR", value).env(EXPECTED, expected);
+            assert!(child.status().unwrap().success());
+        }
+    }
 }

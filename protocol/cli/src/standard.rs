@@ -4,9 +4,10 @@
 //! then wait until they are ready. A descriptor that was closed at the start is an error.
 
 use std::fmt::{Display, Formatter};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
+use barlink_protocol::region::is_pseudo;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, OFlags, SeekFrom, fcntl_getfl, fstat, seek};
 use rustix::io::{Errno, read, write};
@@ -75,11 +76,9 @@ pub fn flush_output() -> Result<()> {
 
 /// Reports the errors of a file that come when it is closed, by closing a copy of its descriptor. A
 /// disk's quota or a file server can report its error as late as this. A process that has no
-/// descriptor left for the copy learns of no such error.
+/// descriptor left for the copy cannot learn of such an error, which is an error as well.
 pub fn flush(file: impl AsFd) -> std::io::Result<()> {
-    let Ok(copied) = file.as_fd().try_clone_to_owned() else {
-        return Ok(());
-    };
+    let copied = file.as_fd().try_clone_to_owned()?;
     match nix::unistd::close(copied) {
         Err(nix::errno::Errno::EINTR) => Ok(()),
         closed => Ok(closed?),
@@ -119,10 +118,11 @@ pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> 
         }
         match read(&file, &mut part[..length]) {
             Ok(0) => {
-                // The size of a file in /proc or /sys does not tell where it ends, and stays.
-                let is_shorter = file_size(&file) < size;
+                // The size of a file in /proc or /sys does not tell where it ends. A stale size of
+                // another file does not either, and the bytes up to it would be missing.
+                let tells = !is_pseudo(file.as_fd().as_raw_fd());
                 let is_cut = Some(start + bytes.len() as u64) < size;
-                return match is_shorter && is_cut {
+                return match tells && is_cut {
                     false => Ok(bytes),
                     true => Err(std::io::Error::other(
                         "it became shorter meanwhile: try again when no program writes to it",
@@ -184,6 +184,32 @@ mod tests {
             }
             self.file.as_fd()
         }
+    }
+
+    /// The file's error at its close would be lost.
+    #[test]
+    fn flush_without_spare_descriptor_is_error() {
+        const CHILD: &str = "BARLINK_TEST_FLUSH";
+        if std::env::var_os(CHILD).is_none() {
+            // The other tests of this process need descriptors.
+            let test = "standard::tests::flush_without_spare_descriptor_is_error";
+            let mut child = std::process::Command::new("sh");
+            child.args(["-c", "ulimit -n 64 && exec \"$0\" --exact \"$1\""]);
+            child.arg(std::env::current_exe().unwrap()).arg(test);
+            assert!(child.env(CHILD, "1").status().unwrap().success());
+            return;
+        }
+        let mut files = Vec::new();
+        while let Ok(file) = File::options().write(true).open("/dev/null") {
+            files.push(file);
+        }
+        let flushed = flush(&files[0]);
+        files.pop();
+        assert_eq!(
+            flushed.unwrap_err().raw_os_error(),
+            Some(Errno::MFILE.raw_os_error())
+        );
+        flush(&files[0]).unwrap();
     }
 
     #[test]

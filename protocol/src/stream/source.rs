@@ -61,16 +61,37 @@ enum Known {
 }
 
 /// The bytes of a regular file that are the stream's: those from its position at the start to its
-/// size at the start. The size is not that of the content for files of some file systems: it is 0
-/// in /proc, and 4096 in /sys. Such a size does not change while the file is read.
+/// size at the start. The size is not that of the content for files of pseudo file systems: it is 0
+/// in /proc, and 4096 in /sys. A file system in user space or on a server can know the size only
+/// once the file was read. So a file of size 0 has all bytes until a read finds none, and the size
+/// is looked at again after the first read.
 #[derive(Debug)]
 struct Extent {
     /// Size at the start.
     size: u64,
     /// Bytes below that size that were not read yet.
     left: u64,
+    /// Whether the file is of a pseudo file system, whose size does not tell.
+    is_pseudo: bool,
+    /// Whether the file was read.
+    was_read: bool,
     /// Whether the last read found the end before that size, although the file had it.
     ends_early: bool,
+}
+
+impl Extent {
+    /// Counts the bytes of a read.
+    fn advance(&mut self, fd: c_int, length: u64) {
+        if !core::mem::replace(&mut self.was_read, true)
+            && self.left > 0
+            && let Some(size) = region::file_size(fd)
+        {
+            self.left += size.saturating_sub(self.size);
+            self.size = self.size.max(size);
+        }
+        self.left = self.left.saturating_sub(length);
+        self.ends_early &= length == 0;
+    }
 }
 
 impl Source {
@@ -87,6 +108,8 @@ impl Source {
             (Some(size), _) => Known::File(Extent {
                 size,
                 left: size.saturating_sub(region::seek(fd, 0).unwrap_or(0)),
+                is_pseudo: region::is_pseudo(fd),
+                was_read: false,
                 ends_early: false,
             }),
             (None, Some(_)) => Known::Told,
@@ -147,8 +170,7 @@ impl Source {
     ) -> io::Result<usize> {
         let length = retry(self.fd, libc::POLLIN, || read(self.fd))?;
         if let Known::File(file) = &mut self.known {
-            file.left = file.left.saturating_sub(length as u64);
-            file.ends_early &= length == 0;
+            file.advance(self.fd, length as u64);
         }
         Ok(length)
     }
@@ -158,7 +180,7 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// The source is a regular file, and was made shorter than it was at the start.
+    /// The source is a regular file, and has fewer bytes than its size at the start.
     pub(super) fn ends(&mut self) -> Result<bool, Missing> {
         let Known::File(file) = &mut self.known else {
             return Ok(true);
@@ -169,9 +191,11 @@ impl Source {
         if region::file_size(self.fd).is_some_and(|size| size < file.size) {
             return Err(Missing(file.left));
         }
-        // A file that was made shorter and then longer has further bytes now. A file whose size
-        // does not tell has none.
-        Ok(core::mem::replace(&mut file.ends_early, true))
+        // A file that was made shorter and then longer has further bytes now.
+        match core::mem::replace(&mut file.ends_early, true) {
+            true if !file.is_pseudo => Err(Missing(file.left)),
+            ends => Ok(ends),
+        }
     }
 
     /// Returns whether the source is a regular file that has become longer. It is found out once
@@ -182,7 +206,9 @@ impl Source {
 
     /// Looks whether the source is a regular file that has become longer than it was at the start.
     fn grows(&mut self) -> bool {
-        if let Known::File(file) = &self.known {
+        if let Known::File(file) = &self.known
+            && file.size > 0
+        {
             let size = region::file_size(self.fd);
             self.has_grown = size.is_some_and(|size| size > file.size);
         }
@@ -201,14 +227,18 @@ impl Source {
             }
             return Ok(packets.take(buffer));
         }
-        let left = match &self.known {
-            Known::File(file) => Some(file.left),
+        let extent = |known: &Known| match known {
+            Known::File(file) => Some((file.left, file.size)),
             _ => None,
         };
-        if left == Some(0) && self.grows() {
+        let before = extent(&self.known);
+        if matches!(before, Some((0, _))) && self.grows() {
             return Ok(0);
         }
         let length = self.read_direct(buffer)?;
+        // The first read can have told the size.
+        let left = before.zip(extent(&self.known));
+        let left = left.map(|((left, before), (_, size))| left + (size - before));
         match left {
             Some(left) if length as u64 > left && self.grows() => {
                 let more = length as u64 - left;
@@ -230,5 +260,73 @@ impl Source {
             read = self.read_by(|fd| region::read(fd, buffer));
         }
         read
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    extern crate std;
+
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::{format, vec};
+
+    use super::*;
+
+    fn file(length: u64) -> File {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("barlink-source-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true);
+        let file = options.open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file.set_len(length).unwrap();
+        file
+    }
+
+    /// Reads a source to its end. Returns the number of bytes.
+    fn read_all(source: &mut Source) -> Result<u64, Missing> {
+        let mut total = 0;
+        loop {
+            match source.read(&mut vec![0; 700]).unwrap() as u64 {
+                0 if source.ends()? => return Ok(total),
+                length => total += length,
+            }
+        }
+    }
+
+    /// As on a file system in user space or on a server.
+    #[test]
+    fn size_known_late_cuts_no_stream() {
+        for early in [0, 10, 4999] {
+            let file = file(early);
+            let mut source = Source::new(file.as_raw_fd(), 700).unwrap();
+            file.set_len(5000).unwrap();
+            assert_eq!(read_all(&mut source), Ok(5000), "{early}");
+            assert!(!source.has_grown());
+        }
+    }
+
+    #[test]
+    fn size_beyond_content_is_an_error() {
+        for (is_pseudo, expected) in [(false, Err(Missing(3000))), (true, Ok(1000))] {
+            let file = file(1000);
+            let mut source = Source::new(file.as_raw_fd(), 700).unwrap();
+            // The file system tells this size, before and after.
+            source.known = Known::File(Extent {
+                size: 1000,
+                left: 4000,
+                is_pseudo,
+                was_read: false,
+                ends_early: false,
+            });
+            assert_eq!(read_all(&mut source), expected);
+        }
+        let proc = File::open("/proc/version").unwrap();
+        assert!(region::is_pseudo(proc.as_raw_fd()));
+        assert!(!region::is_pseudo(file(1).as_raw_fd()));
     }
 }

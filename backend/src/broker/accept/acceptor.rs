@@ -153,24 +153,19 @@ impl Acceptor {
     /// connection.
     fn occupy(&self, peer: Peer, vmm: &Vmm) -> Result<Session, Taken> {
         let start = Instant::now();
-        loop {
-            let taken = match self.slot.occupy(peer, vmm.clone()) {
-                Err(taken) => taken,
-                session => return session,
-            };
-            let stays = match taken {
-                Taken::Connected => {
-                    let present = self.slot.stored_vm();
-                    present.is_some_and(|vm| !is_disconnected(&*vm))
-                }
-                Taken::Former { .. } => false,
-                Taken::Consumed { pid } => pid.is_some() || self.stays_consumed(start + NOTICE),
-            };
-            if stays || start.elapsed() > NOTICE {
-                return Err(taken);
+        let stays = |taken: &Taken| match *taken {
+            Taken::Connected => {
+                let present = self.slot.stored_vm();
+                present.is_some_and(|vm| !is_disconnected(&*vm))
             }
-            thread::sleep(LOOK);
-        }
+            Taken::Former { .. } => false,
+            Taken::Consumed { pid } => pid.is_some() || self.stays_consumed(start + NOTICE),
+        };
+        occupy_until(
+            start + NOTICE,
+            || self.slot.occupy(peer, vmm.clone()),
+            stays,
+        )
     }
 
     /// Returns whether the slot's rings are consumed until a deadline. The kernel of a former VM
@@ -230,6 +225,29 @@ impl Acceptor {
             }
         })?;
         Ok(attendant)
+    }
+}
+
+/// Repeats an attempt to take a slot until it succeeds, until the slot stays taken, or until a
+/// deadline. A look whether it stays taken can outlast the deadline, and the slot can become free
+/// meanwhile, so the last attempt comes after the last look.
+fn occupy_until<S>(
+    deadline: Instant,
+    mut occupy: impl FnMut() -> Result<S, Taken>,
+    stays: impl Fn(&Taken) -> bool,
+) -> Result<S, Taken> {
+    loop {
+        let taken = match occupy() {
+            Err(taken) => taken,
+            session => return session,
+        };
+        if stays(&taken) {
+            return Err(taken);
+        }
+        if Instant::now() > deadline {
+            return occupy();
+        }
+        thread::sleep(LOOK);
     }
 }
 
@@ -313,6 +331,35 @@ fn guarded<T>(
             let id = slot.id();
             error!("slot {id}: the session of {peer} has failed, which is a fault of barlink");
             None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn takes_slot_freed_in_last_look() {
+        for (is_freed, stays) in [(true, false), (false, false), (false, true)] {
+            let is_free = Cell::new(false);
+            let attempts = Cell::new(0);
+            let occupied = occupy_until(
+                Instant::now(),
+                || {
+                    attempts.set(attempts.get() + 1);
+                    is_free.get().then_some(()).ok_or(Taken::Connected)
+                },
+                |_| {
+                    thread::sleep(LOOK);
+                    is_free.set(is_freed);
+                    stays
+                },
+            );
+            assert_eq!(occupied.is_ok(), is_freed);
+            assert_eq!(attempts.get(), if stays { 1 } else { 2 });
         }
     }
 }
