@@ -370,7 +370,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
         // SYNC: cursor-then-threshold; pairs with the fence in `Consumer::arm`.
         // SYNC: cursor-then-generation; pairs with the fence in `state::reset`. Either this end
         // sees the reset, or the reset sees the cursor and begins above it.
-        region.fence();
+        region.fence_commit();
         let threshold = region.load(*base + channel::CONSUMER_THRESHOLD);
         if self.was_reset() {
             return Err(self.detach());
@@ -422,8 +422,10 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
 
     fn leave_unused(&mut self, count: u64) {
         self.unused = self.unused.wrapping_add(count);
+        // SYNC: dropped-then-cursor; pairs with the loads in `Tap::start`. A tap that sees the
+        // number sees the commits before it.
         self.region
-            .store(self.base + channel::DROPPED, self.dropped());
+            .release_dropped(self.base + channel::DROPPED, self.dropped());
     }
 
     /// Sets the sequence number of the first record. The numbers below it count neither as records

@@ -73,12 +73,12 @@ impl OutOfRegion {
 pub struct Region<M> {
     memory: M,
     copier: Copier,
-    /// A fence that is left out, for a model that shows the need for it.
+    /// The fences that are left out, for a model that shows the need for them, as bits.
     #[cfg(loom)]
-    left_out: Option<ModelFence>,
+    left_out: u32,
 }
 
-/// A fence that a model can leave out.
+/// A fence, or the order of a store, that a model can leave out.
 #[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModelFence {
@@ -88,6 +88,10 @@ pub enum ModelFence {
     Copy,
     /// The fence of a tap between its loads of a commit note and its second look at the cursor.
     Note,
+    /// The fence of a producer behind the store of its cursor.
+    Commit,
+    /// The Release order of a producer's store of its dropped records.
+    Dropped,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
@@ -97,7 +101,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
             memory,
             copier: Copier::detect(),
             #[cfg(loom)]
-            left_out: None,
+            left_out: 0,
         }
     }
 
@@ -105,9 +109,14 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     #[cfg(loom)]
     pub fn without(self, fence: ModelFence) -> Self {
         Region {
-            left_out: Some(fence),
+            left_out: self.left_out | 1 << fence as u32,
             ..self
         }
+    }
+
+    #[cfg(loom)]
+    fn leaves_out(&self, fence: ModelFence) -> bool {
+        self.left_out & 1 << fence as u32 != 0
     }
 
     /// Returns the same region for a mapping that is, or may be, write-combining. Without fences,
@@ -154,16 +163,35 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// stores included.
     pub(crate) fn fence_limit(&self) {
         #[cfg(loom)]
-        if self.left_out == Some(ModelFence::Limit) {
+        if self.leaves_out(ModelFence::Limit) {
             return;
         }
         self.fence();
     }
 
+    /// Orders the store of a producer's cursor before all accesses behind the fence.
+    #[inline(always)]
+    pub(crate) fn fence_commit(&self) {
+        #[cfg(loom)]
+        if self.leaves_out(ModelFence::Commit) {
+            return;
+        }
+        self.fence();
+    }
+
+    /// Stores the number of a producer's dropped records behind all commits before.
+    pub(crate) fn release_dropped(&self, offset: u64, value: u64) {
+        #[cfg(loom)]
+        if self.leaves_out(ModelFence::Dropped) {
+            return self.store(offset, value);
+        }
+        self.release(offset, value);
+    }
+
     /// Orders a tap's copy before its look at the limit.
     pub(crate) fn fence_copy(&self) {
         #[cfg(loom)]
-        if self.left_out == Some(ModelFence::Copy) {
+        if self.leaves_out(ModelFence::Copy) {
             return;
         }
         self.fence_loads();
@@ -172,7 +200,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// Orders a tap's loads of a commit note before its second look at the cursor.
     pub(crate) fn fence_note(&self) {
         #[cfg(loom)]
-        if self.left_out == Some(ModelFence::Note) {
+        if self.leaves_out(ModelFence::Note) {
             return;
         }
         self.fence_loads();

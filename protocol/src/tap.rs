@@ -280,9 +280,10 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     // each load takes as long as a producer with cached memory takes for a record.
     fn start(&self) -> Option<Start> {
         let load = |offset| self.region.load(self.base + offset);
-        // SYNC: dropped-then-cursor; pairs with the fence in `Producer::publish`. A record whose
-        // commit comes behind this cursor was not committed when this number was stored.
-        let dropped = self.region.acquire(self.base + channel::DROPPED);
+        // SYNC: dropped-then-cursor; pairs with the Release store in `Producer::leave_unused`. A
+        // record whose commit comes behind this cursor was not committed when this number was
+        // stored.
+        let dropped_before = self.region.acquire(self.base + channel::DROPPED);
         // SYNC: committed; pairs with the Release store in `Producer::publish`.
         let written = self.region.acquire(self.base + channel::WRITTEN);
         let [first, second] = channel::NOTES;
@@ -294,12 +295,15 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         let noted = load(note);
         let records = load(note + channel::NOTE_RECORDS);
         let last = load(note + channel::NOTE_LAST);
+        // Loaded between two equal cursors, so that records and drops are counted from one moment.
+        // SYNC: dropped-then-cursor; pairs with the Release store in `Producer::leave_unused`.
+        let dropped = load(channel::DROPPED);
         // SYNC: noted; pairs with the fence in `Producer::publish`. A producer writes over a note
         // after it has stored the cursor of the commit between.
         self.region.fence_note();
         let now = load(channel::WRITTEN);
         if now != written {
-            return self.start_behind(written, now, dropped);
+            return self.start_behind(written, now, dropped_before);
         }
         if noted != written || !self.is_same_generation() {
             return None;

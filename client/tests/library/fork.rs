@@ -4,13 +4,16 @@
 
 #![expect(unsafe_code, reason = "the tests fork, as programs do")]
 
-use std::io::Write;
+use std::io::{PipeWriter, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use barlink::control::client::Control;
 use barlink::control::message::{Answer, Ask};
-use barlink::{Error, ErrorKind, Kind, Receiver};
+use barlink::host::{AttachOptions, Attachment};
+use barlink::{Access, Error, ErrorKind, Kind, Receiver, Sender, Sent};
+use barlink_protocol::state::ChannelState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::broker::{Running, TIMEOUT};
@@ -278,4 +281,130 @@ fn stopped_app_receives_answer_after_timeout() {
     std::thread::sleep(Duration::from_millis(5100));
     asking.signal(libc::SIGCONT);
     asking.passes();
+}
+
+/// Number of the record that a sender is about to send, and the end of a trial.
+const LAST: Kind = Kind::USER;
+
+fn sent(number: u64) -> Kind {
+    Kind::new(257 + (number % 3) as u16).unwrap()
+}
+
+/// Sends records of several lengths without end, one by one and in batches, each with its number.
+fn send_without_end(control: &Path) {
+    let app = AttachOptions::new().connect_path(control).unwrap();
+    let mut sender = claim(&app);
+    for number in 0_u64.. {
+        let mut bytes = vec![number as u8; 100 + 8 * (number * 37 % 90) as usize];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        let _ = match number % 4 {
+            0 => sender.stage(sent(number), &bytes).unwrap(),
+            _ => sender.send(sent(number), &bytes).unwrap(),
+        };
+    }
+}
+
+/// Claims the producer's end, once the broker has noticed that the last one was killed.
+fn claim(app: &Attachment) -> Sender {
+    let start = Instant::now();
+    loop {
+        match app.sender("one") {
+            Err(error) if error.kind() == ErrorKind::InUse => (),
+            claimed => return claimed.unwrap(),
+        }
+        assert!(start.elapsed() < TIMEOUT, "the end stays held");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// Copies records until the last one of a trial. Reports when it has begun, and then its counts:
+/// records copied, missed and dropped.
+fn tap_until_last(control: &Path, mut report: PipeWriter) {
+    let options = AttachOptions::new().access(Access::ReadOnly);
+    let app = options.connect_path(control).unwrap();
+    let mut tap = app.tap("one").unwrap();
+    report.write_all(&[1]).unwrap();
+    let mut copied = 0_u64;
+    loop {
+        let record = tap.recv().unwrap();
+        copied += 1;
+        if record.kind == LAST {
+            break;
+        }
+        assert_eq!(
+            record.kind,
+            sent(u64::from_le_bytes(record.bytes[..8].try_into().unwrap()))
+        );
+    }
+    for count in [copied, tap.missed(), tap.dropped()] {
+        report.write_all(&count.to_le_bytes()).unwrap();
+    }
+}
+
+/// Kills senders anywhere while the channel is full or nearly so, and stops the process of a tap
+/// anywhere. In each trial the counts of the tap add up to the records that were committed, each
+/// of which the receiver gets, and to the numbers of the records that were dropped.
+#[test]
+fn counts_add_up_over_killed_senders() {
+    let broker = Running::start(&["one=host-host,4K,drop"]);
+    let app = broker.attach();
+    let entry = app.layout().channels()[0];
+    let state = || ChannelState::read(app.region().ring(), &entry);
+    let mut receiver = app.receiver("one").unwrap();
+    let is_soak = std::env::var("BARLINK_TIER").is_ok_and(|tier| tier == "soak");
+    let (mut missed, mut dropped) = (0, 0);
+    for trial in 0..if is_soak { 1000 } else { 40 } {
+        let before = state();
+        let (mut counts, report) = std::io::pipe().unwrap();
+        let tap = Child::start(|| tap_until_last(&broker.control(), report.try_clone().unwrap()));
+        drop(report);
+        counts.read_exact(&mut [0]).unwrap();
+        let mut received = 0;
+        for sender in 0..2 {
+            let first = state().records + state().dropped;
+            let mut child = Child::start(|| send_without_end(&broker.control()));
+            // The receiver takes some records, and then pauses.
+            for turn in 0..1 + (trial + sender) % 5 {
+                let record = receiver.recv_timeout(TIMEOUT).unwrap().expect("a record");
+                let bytes = record.to_vec();
+                let number = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                assert_eq!(record.sequence(), first + number);
+                record.release().unwrap();
+                received += 1;
+                match turn {
+                    1 => tap.signal(libc::SIGSTOP),
+                    3 => tap.signal(libc::SIGCONT),
+                    _ => (),
+                }
+                std::thread::sleep(Duration::from_micros(trial * 37 % 400));
+            }
+            child.kill();
+            while let Some(record) = receiver.try_recv().unwrap() {
+                record.release().unwrap();
+                received += 1;
+            }
+        }
+        tap.signal(libc::SIGCONT);
+        let mut sender = claim(&app);
+        assert_eq!(sender.send(LAST, b"last").unwrap(), Sent::Committed);
+        drop(sender);
+        receiver.recv().unwrap().release().unwrap();
+        received += 1;
+        let [its_copied, its_missed, its_dropped] = [(); 3].map(|()| {
+            let mut count = [0; 8];
+            counts.read_exact(&mut count).unwrap();
+            u64::from_le_bytes(count)
+        });
+        tap.passes();
+        let after = state();
+        assert_eq!(its_copied + its_missed, received, "trial {trial}");
+        assert_eq!(received, after.records - before.records);
+        assert_eq!(its_dropped, after.dropped - before.dropped, "trial {trial}");
+        missed += its_missed;
+        dropped += its_dropped;
+    }
+    assert!(
+        missed > 0 && dropped > 0,
+        "{missed} missed, {dropped} dropped"
+    );
 }

@@ -618,3 +618,89 @@ fn newest_record_is_whole_beside_overwriting_producer() {
     let found = FOUND.each_ref().map(|counter| counter.load(Relaxed));
     assert!(!found.contains(&0), "{found:?}");
 }
+
+/// A step of a producer beside a tap that begins.
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    Commit,
+    Drop,
+    /// The producer is killed, and a successor takes up the channel.
+    Succeed,
+}
+
+/// Lets a tap begin while a producer takes these steps, and leaves out these fences. The tap counts
+/// from one moment: it counts the records and the drops of all steps behind some step, and none of
+/// the steps before. Returns these two numbers.
+fn begin_beside(steps: &'static [Step], left_out: &[ModelFence]) -> (u64, u64) {
+    let entry = stepping();
+    let region = region_for(entry.capacity);
+    let without = |region: Words, fence: &ModelFence| region.without(*fence);
+    let its_region = left_out.iter().fold(region.clone(), without);
+    let attach = move || Producer::attach(its_region.clone(), &entry).unwrap();
+    let mut producer = attach();
+    commit(&mut producer, 0);
+    let writer = thread::spawn(move || {
+        for step in steps {
+            match step {
+                Step::Commit => commit(&mut producer, 0),
+                Step::Drop => producer.drop_record(),
+                Step::Succeed => producer = attach(),
+            }
+        }
+        producer
+    });
+    let mut tap = Tap::attach(region, &entry);
+    let mut producer = writer.join().unwrap();
+    commit(&mut producer, 0);
+    let mut copied = 0;
+    while matches!(tap.look(), Sight::Record(_)) {
+        assert!(tap.copy(&mut [0; 8]));
+        copied += 1;
+    }
+    let counted = (copied + tap.missed(), tap.dropped());
+    let all: Vec<_> = steps.iter().chain(&[Step::Commit]).collect();
+    let behind = |step: usize| {
+        let count = |kind| all[step..].iter().filter(|step| ***step == kind).count() as u64;
+        (count(Step::Commit), count(Step::Drop))
+    };
+    let is_exact = (0..=all.len()).map(behind).any(|moment| moment == counted);
+    assert!(is_exact, "inexact: {counted:?}");
+    counted
+}
+
+/// A tap that begins counts records and drops from one moment, wherever the producer is, and also
+/// if a successor drops before its first commit.
+#[test]
+fn beginning_tap_counts_from_one_moment() {
+    use Step::{Commit, Drop, Succeed};
+    static SEEN: [Counter; 3] = [const { Counter::new(0) }; 3];
+    for left_out in [&[][..], &[ModelFence::Commit]] {
+        model(|| {
+            let (_, dropped) = begin_beside(&[Drop, Commit, Drop], left_out);
+            SEEN[dropped as usize].fetch_add(1, Relaxed);
+        });
+        model(|| {
+            begin_beside(&[Commit, Succeed, Drop], left_out);
+        });
+    }
+    let seen = SEEN.each_ref().map(|counter| counter.load(Relaxed));
+    assert!(!seen.contains(&0), "{seen:?}");
+}
+
+/// A producer stores `dropped` with Release order, so that it needs no fence behind its commit.
+#[test]
+fn dropped_count_follows_commit() {
+    use Step::{Commit, Drop};
+    model(|| {
+        begin_beside(&[Commit, Drop], &[ModelFence::Commit]);
+    });
+}
+
+#[test]
+#[should_panic(expected = "inexact")]
+fn dropped_count_needs_its_order() {
+    use Step::{Commit, Drop};
+    model(|| {
+        begin_beside(&[Commit, Drop], &[ModelFence::Commit, ModelFence::Dropped]);
+    });
+}
