@@ -228,8 +228,11 @@ impl Mapping {
                 unsafe { rustix::mm::mmap(place, length, protection, flags, &file, offset as u64) };
             if let Err(error) = mapped {
                 // The kernel may have unmapped the part, and another thread may have mapped
-                // something there. So the range, which has no memory, stays.
-                std::mem::forget(pages);
+                // something there. So the range from there on, which has no memory, stays.
+                pages.size = offset;
+                if offset == 0 {
+                    std::mem::forget(pages);
+                }
                 return Err(error);
             }
         }

@@ -40,8 +40,11 @@ impl<M: Deref<Target = [AtomicU64]>> SlotPage<M> {
         epoch
     }
 
-    /// Ends an epoch that was begun.
+    /// Ends an epoch that was begun, unless it has ended already.
     pub fn end(&self, epoch: u64) {
+        if self.epoch() != epoch {
+            return;
+        }
         self.clear();
         // SYNC: present; as in `begin`.
         self.page.release(presence::EPOCH, epoch.wrapping_add(1));
@@ -97,6 +100,7 @@ mod tests {
     fn each_beginning_has_new_odd_epoch() {
         let page = page();
         assert_eq!(page.begin(0x1000, 1, 1), 1);
+        page.end(1);
         page.end(1);
         assert_eq!(page.epoch(), 2);
         assert_eq!(page.begin(0x1000, 1, 1), 3);

@@ -113,6 +113,9 @@ fn guest_without_driver_streams_both_ways() -> Result<()> {
         echo(&broker, &vm, &[], length)?;
     }
     RoundTrip::start(&broker, &vm)?.finish()?;
+    wait_until("each program has ended its epoch", || {
+        Ok(broker.inspect()?["guests"][0]["present"] == false)
+    })?;
     modes(&broker, &vm)?;
     let buffer = vm.run(["barlink-guest", "--device", &named, "buffer"])?;
     refused(

@@ -93,7 +93,7 @@ impl Interface {
             |opened| opened.identity.name.as_str() == name,
         );
         match opened {
-            Err(DeviceError::NoName { name, others }) => match find_without_driver(&name) {
+            Err(DeviceError::NoName { name, others }) => match find_without_driver(&name)? {
                 Some(address) => open_sysfs(address, cache, access),
                 None => Err(DeviceError::NoName { name, others }),
             },
@@ -366,15 +366,25 @@ fn choose_without_driver(path: &Path) -> Result<Option<PciAddress>, DeviceError>
     }
 }
 
-/// Returns the barlink device without a driver whose broker has this name, if there is one alone.
-fn find_without_driver(name: &str) -> Option<PciAddress> {
-    let devices = without_driver().into_iter();
-    let mut found = devices.filter(|(_, asked)| {
-        let identity = asked.as_ref();
-        identity.is_ok_and(|identity| identity.name.as_str() == name)
-    });
-    match (found.next(), found.next()) {
-        (Some((address, _)), None) => Some(address),
-        _ => None,
+/// Returns the barlink device without a driver whose broker has this name, if there is one. A
+/// device that cannot be asked for its name is an error if no other one has the name.
+fn find_without_driver(name: &str) -> Result<Option<PciAddress>, DeviceError> {
+    let (mut found, mut fault) = (Vec::new(), None);
+    for (address, asked) in without_driver() {
+        match asked {
+            Ok(identity) if identity.name.as_str() == name => found.push(address),
+            Ok(_) => (),
+            Err(error) => fault = Some(error),
+        }
+    }
+    match (&found[..], fault) {
+        ([], None) => Ok(None),
+        ([], Some(fault)) => Err(fault),
+        ([address], _) => Ok(Some(*address)),
+        _ => Err(SysfsError::Several {
+            path: name.into(),
+            addresses: found.iter().map(PciAddress::to_string).collect(),
+        }
+        .into()),
     }
 }

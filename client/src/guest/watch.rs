@@ -80,7 +80,8 @@ impl BrokerWatch {
 
     /// Returns once the broker has not answered a question for ten seconds: a question that this
     /// call asks at once, or one that an end of this device asked because it slept for longer than
-    /// a second. Waits without a limit and without looking.
+    /// a second. Waits without a limit and without looking. Once the first question is answered,
+    /// this no longer keeps the device open.
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -94,7 +95,7 @@ impl BrokerWatch {
     /// # Errors
     ///
     /// Those of [`BrokerWatch::is_answered`].
-    pub fn wait_until_unanswered(&self) -> Result<(), Error> {
+    pub fn wait_until_unanswered(self) -> Result<(), Error> {
         if self.is_answered()? {
             self.asker.wait_until_unanswered();
         }

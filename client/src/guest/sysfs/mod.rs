@@ -32,7 +32,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use barlink_protocol::wire::layout::{
-    End, FIRST_FREE, Identity, Layout, MAX_CHANNELS, PAGE_SIZE, PAGE_WORDS, presence,
+    End, FIRST_FREE, Identity, Layout, MAX_CHANNELS, MAX_SLOTS, PAGE_SIZE, PAGE_WORDS, presence,
 };
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use barlink_protocol::{SlotPage, table};
@@ -97,6 +97,17 @@ impl Files {
             folder,
             config,
             place,
+        })
+    }
+
+    /// Returns the offset of the presence page of a slot, before the layout is known.
+    fn presence_page(&self, slot: u32) -> Result<u64, DeviceError> {
+        let pages = u64::from(slot) + 1;
+        let offset = self.place.size.checked_sub(pages * PAGE_SIZE);
+        let offset = offset.filter(|_| slot < MAX_SLOTS);
+        offset.ok_or_else(|| {
+            let fault = format!("its ID is {slot}, of {MAX_SLOTS} slots at most");
+            self.folder.unusable(fault).into()
         })
     }
 
@@ -200,6 +211,13 @@ impl Session {
     ) -> Result<(Self, Mapping), DeviceError> {
         let files = Files::open(devices, address, access)?;
         let map_failed = failed("map", address);
+        let id = files.registers.id();
+        let page_offset = files.presence_page(id)?;
+        // Until this program has its mapping, others change neither the page nor the cache mode.
+        let lock = match access {
+            Access::ReadOnly => Lock::share(&files.region, page_offset, address)?,
+            Access::ReadWrite => Lock::take(&files.region, page_offset, address)?,
+        };
         // Read once. Everything after this uses the copy. The mapping ends at once, because the
         // next one would get its cache mode.
         let words: Box<[u64; PAGE_WORDS]> = {
@@ -212,21 +230,12 @@ impl Session {
             source,
         };
         let layout = Layout::decode(&words, files.place.size).map_err(invalid)?;
-        let id = files.registers.id();
         if id >= layout.slots {
             let fault = format!("its ID is {id}, of {} slots", layout.slots);
             return Err(files.folder.unusable(fault).into());
         }
-        let page_offset = layout.presence_page(id);
         let page = Mapping::map_at(&files.region, page_offset, PAGE_SIZE as usize, access);
         let page = SlotPage::new(page.map_err(&map_failed)?.region().over_write_combining());
-        // Other programs change neither the page nor the cache mode until this one is done.
-        let lock = match access {
-            Access::ReadOnly => None,
-            Access::ReadWrite => Some(Lock::take(&files.region, page_offset, address)?),
-        };
-        // A program can have been before this one.
-        files.folder.check_driver()?;
         let epoch_word = page_offset + presence::EPOCH;
         let others = locks::is_held_elsewhere(&files.region, epoch_word);
         let others = others.map_err(failed("lock", address))? && page.epoch() % 2 == 1;
@@ -242,8 +251,10 @@ impl Session {
         let mapping = match access {
             Access::ReadOnly => Mapping::map(&file, size, access),
             Access::ReadWrite => Mapping::map_apart(&file, size, FIRST_FREE as usize),
-        }
-        .map_err(&map_failed)?;
+        };
+        // A driver that has just come can be the reason why there is no mapping.
+        files.folder.check_driver()?;
+        let mapping = mapping.map_err(&map_failed)?;
         if let Some(word) = mapping.first() {
             black_box(word.load(Ordering::Relaxed));
         }
@@ -272,7 +283,9 @@ impl Session {
             }),
             process: Process::current(),
         };
-        if lock.is_some() {
+        if access == Access::ReadWrite {
+            // The driver has no lock, so this look is the last one before the page changes.
+            session.folder.check_driver()?;
             session.begin(others)?;
         }
         drop(lock);
@@ -285,7 +298,7 @@ impl Session {
         // A session that only reads changes nothing.
         let (session, mapping) = Self::open_in(devices, address, Access::ReadOnly, Cache::Same)?;
         let others = session.has_others().map_err(failed("lock", address))?;
-        let size = mapping.region().size();
+        let (size, page_offset) = (mapping.region().size(), session.page_offset);
         drop((session, mapping));
         let info = |granted| Info {
             mappable_size: size,
@@ -296,8 +309,13 @@ impl Session {
         let start = files.place.start;
         Choice::find(
             |_| others && access == Access::ReadWrite,
-            || Ok((Cell::new(0), info(0))),
-            |asked, size, mode| {
+            || {
+                // While a program that writes maps the region, its mappings have no other mode
+                // beside them.
+                let lock = Lock::share(&files.region, page_offset, address)?;
+                Ok(((Cell::new(0), lock), info(0)))
+            },
+            |(asked, _), size, mode| {
                 // The kernel maps no device write-back for a program.
                 let mode = mode.filter(|mode| *mode == CacheMode::WriteCombining);
                 let mode = mode.unwrap_or(CacheMode::UncachedMinus);
@@ -310,20 +328,22 @@ impl Session {
                 asked.set(granted::granted(start).unwrap_or(mode) as u32);
                 Ok(mapping)
             },
-            |granted| Ok(info(granted.get())),
+            |(granted, _)| Ok(info(granted.get())),
         )
     }
 
     /// Begins as a session that can write, under the lock. `others` says whether there are such
-    /// sessions already.
+    /// sessions already. The broker can have ended their epoch since.
     fn begin(&mut self, others: bool) -> Result<(), DeviceError> {
         let word = self.page_offset + presence::EPOCH;
         let locked = locks::set(&self.region, word, Kind::Shared);
         if !locked.map_err(failed("lock", self.address))? {
             return Err(self.stalled().into());
         }
-        if others {
-            self.epoch = self.page.epoch();
+        let epoch = self.page.epoch();
+        if others && epoch % 2 == 1 {
+            self.epoch = epoch;
+            self.sweep_under_lock(&mut self.state());
             return Ok(());
         }
         let [asked, granted] = self.cache;
@@ -384,15 +404,16 @@ impl Session {
 
     /// Asks whether the broker is alive. Returns the number of the question.
     pub(crate) fn ask(&self) -> Result<u64, Errno> {
-        if self.epoch == 0 {
+        // A forked process shares the open file, and with it the lock.
+        if self.epoch == 0 || self.process.check().is_err() {
             return Err(Errno::BADF);
-        }
-        if self.is_gone_or_lost()? {
-            return Err(Errno::NODEV);
         }
         let _state = self.state();
         let _lock =
             Lock::take(&self.region, self.page_offset, self.address).map_err(|_| Errno::BUSY)?;
+        if self.is_gone_or_lost()? {
+            return Err(Errno::NODEV);
+        }
         let count = self.page.ask();
         self.registers.ring(self.host, 0);
         Ok(count)
@@ -431,6 +452,8 @@ impl Session {
             .filter(|entry| entry.peer(end) == self.id)
             .ok_or(ClaimFault::NotHere)?;
         let _lock = Lock::take(&self.region, self.page_offset, self.address)?;
+        // Others can have changed the page while this session waited for the lock.
+        self.check("claim an end of a channel of")?;
         self.sweep_under_lock(&mut state);
         if state.holders[channel][end as usize] != 0 {
             return Err(ClaimFault::Held);
@@ -447,10 +470,10 @@ impl Session {
     }
 
     fn release(&self, channel: usize, end: End) {
-        let is_gone = self.is_gone_or_lost().unwrap_or(true);
         let mut state = self.state();
         // Without the lock, the next sweep of any session clears the word.
         let lock = Lock::take(&self.region, self.page_offset, self.address);
+        let is_gone = self.is_gone_or_lost().unwrap_or(true);
         let holder = std::mem::take(&mut state.holders[channel][end as usize]);
         if lock.is_ok() && !is_gone && self.page.holder(channel, end) == holder {
             self.page.set_holder(channel, end, 0);
@@ -462,16 +485,17 @@ impl Session {
         debug_assert!(unlocked.is_ok());
     }
 
-    /// Looks from time to time for ends whose processes were killed.
+    /// Looks from time to time for ends whose processes were killed. A lock that another program
+    /// has delays the look, and not the caller, which may have records to receive.
     pub(crate) fn sweep(&self) {
         let mut state = self.state();
         if state.swept.is_some_and(|swept| swept.elapsed() < SWEEP) {
             return;
         }
-        let Ok(false) = self.is_gone_or_lost() else {
-            return;
-        };
-        if let Ok(_lock) = Lock::take(&self.region, self.page_offset, self.address) {
+        state.swept = Some(Instant::now());
+        if let Ok(Some(_lock)) = Lock::attempt(&self.region, self.page_offset, Kind::Exclusive)
+            && self.is_gone_or_lost() == Ok(false)
+        {
             self.sweep_under_lock(&mut state);
         }
     }
@@ -592,10 +616,10 @@ impl Drop for Session {
         if self.epoch == 0 || self.process.check().is_err() {
             return;
         }
-        let Ok(false) = self.is_gone_or_lost() else {
+        let Ok(_lock) = Lock::take(&self.region, self.page_offset, self.address) else {
             return;
         };
-        let Ok(_lock) = Lock::take(&self.region, self.page_offset, self.address) else {
+        let Ok(false) = self.is_gone_or_lost() else {
             return;
         };
         // First, so that of two sessions that end at one time the second one sees no other.
@@ -631,7 +655,7 @@ impl Drop for Claim {
     }
 }
 
-/// The lock under which a session changes the presence page.
+/// The lock under which a session changes the presence page or maps the region.
 struct Lock {
     region: Arc<File>,
     word: u64,
@@ -640,16 +664,39 @@ struct Lock {
 impl Lock {
     /// Takes the lock. The caller excludes other threads of its session.
     fn take(region: &Arc<File>, page: u64, address: PciAddress) -> Result<Self, DeviceError> {
-        let (region, word) = (Arc::clone(region), page + LOCK);
+        Self::wait(region, page, address, Kind::Exclusive)
+    }
+
+    /// Takes the lock together with others that only read.
+    fn share(region: &Arc<File>, page: u64, address: PciAddress) -> Result<Self, DeviceError> {
+        Self::wait(region, page, address, Kind::Shared)
+    }
+
+    fn wait(
+        region: &Arc<File>,
+        page: u64,
+        address: PciAddress,
+        kind: Kind,
+    ) -> Result<Self, DeviceError> {
         let start = Instant::now();
         loop {
-            match locks::set(&region, word, Kind::Exclusive) {
-                Ok(true) => return Ok(Lock { region, word }),
-                Ok(false) if start.elapsed() < LOCK_TIMEOUT => thread::sleep(LOCK_RETRY),
-                Ok(false) => return Err(stalled(address).into()),
+            match Self::attempt(region, page, kind) {
+                Ok(Some(lock)) => return Ok(lock),
+                Ok(None) if start.elapsed() < LOCK_TIMEOUT => thread::sleep(LOCK_RETRY),
+                Ok(None) => return Err(stalled(address).into()),
                 Err(error) => return Err(failed("lock", address)(error)),
             }
         }
+    }
+
+    /// Takes the lock if no other session has it.
+    fn attempt(region: &Arc<File>, page: u64, kind: Kind) -> Result<Option<Self>, Errno> {
+        let word = page + LOCK;
+        let taken = locks::set(region, word, kind)?;
+        Ok(taken.then(|| Lock {
+            region: Arc::clone(region),
+            word,
+        }))
     }
 }
 
