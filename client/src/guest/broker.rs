@@ -184,7 +184,8 @@ impl Asker {
     /// Waits until an end has found that the broker is silent. Meanwhile this keeps no device open,
     /// so that a program without driver ends its epoch when it ends.
     pub(crate) fn wait_until_unanswered(self) {
-        let Asker { unanswered, .. } = self;
+        let unanswered = Arc::clone(&self.unanswered);
+        drop(self);
         let guard = unanswered.is_set.lock();
         let guard = guard.unwrap_or_else(PoisonError::into_inner);
         let changed = unanswered.changed.wait_while(guard, |is_set| !*is_set);
