@@ -418,6 +418,10 @@ pub struct QemuArgs {
     /// Print the elements of a libvirt domain instead of QEMU arguments
     #[arg(long)]
     pub libvirt: bool,
+    /// Run `PATH --version`, and fail if that QEMU is too old for the slot's transport. Without
+    /// this option nothing is run
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
     #[command(flatten)]
     pub which: Which,
 }

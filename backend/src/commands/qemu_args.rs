@@ -2,7 +2,7 @@
 
 //! The command `barlink qemu-args`.
 
-use std::io::{IsTerminal, stdout};
+use std::io::{IsTerminal, Write, stderr, stdout};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -12,6 +12,7 @@ use barlink_cli::standard::print;
 use barlink_protocol::wire::virtio;
 use log::warn;
 
+use super::qemu_version::QemuVersion;
 use crate::args::QemuArgs;
 
 /// Bytes of the window above 4 GiB that the root port requests. With 64 MiB the firmware still puts
@@ -28,6 +29,11 @@ pub fn qemu_args(args: &QemuArgs) -> Result<()> {
             status.slots.len().saturating_sub(1)
         )
     })?;
+    if let Some(qemu) = &args.qemu {
+        let text = QemuVersion::of(qemu)?.check(&slot.transport)?;
+        // Ignores the error, because standard error may be closed.
+        let _ = writeln!(stderr(), "{text}");
+    }
     let id = &args.id;
     let layout = attachment.layout();
     let window = WINDOW.max(layout.region_size.saturating_mul(2)) >> 30;

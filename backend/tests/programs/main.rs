@@ -16,6 +16,7 @@ mod limits;
 mod live;
 mod many;
 mod process;
+mod qemu_version;
 mod questions;
 mod refused_calls;
 mod replace;
