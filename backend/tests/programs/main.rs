@@ -12,6 +12,7 @@ mod descriptors;
 mod gone;
 mod hostile;
 mod ivshmem;
+mod libvirt;
 mod limits;
 mod live;
 mod many;
