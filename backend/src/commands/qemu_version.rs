@@ -78,8 +78,8 @@ impl QemuVersion {
         let output = output.with_context(|| format!("`{name} --version` failed"))?;
         Self::parse(&output).with_context(|| {
             format!(
-                "`{name} --version` printed {:?} and not `{BEFORE_VERSION}...`: name QEMU's program \
-                 for the whole system, such as qemu-system-x86_64",
+                "`{name} --version` printed {:?} and not `{BEFORE_VERSION}...`: name QEMU's \
+                 program for the whole system, such as qemu-system-x86_64",
                 first_line(&output)
             )
         })
@@ -265,7 +265,8 @@ impl Pipe {
             }
             ensure!(
                 self.bytes.len() <= OUTPUT_LIMIT,
-                "it printed more than {OUTPUT_LIMIT} bytes: name a QEMU that prints its version alone"
+                "it printed more than {OUTPUT_LIMIT} bytes: name a QEMU that prints no more than \
+                 its version"
             );
         }
         Ok(())
@@ -357,8 +358,8 @@ mod tests {
         };
         assert_eq!(
             check("10.1.0", VhostUser::NAME),
-            "QEMU 10.1.0 is too old for vhost-user, which needs 11.1 or later: name a later QEMU, or \
-             serve the slot with --ivshmem or --vfio-user"
+            "QEMU 10.1.0 is too old for vhost-user, which needs 11.1 or later: name a later QEMU, \
+             or serve the slot with --ivshmem or --vfio-user"
         );
         assert_eq!(
             check("6.2.0", Ivshmem::NAME),

@@ -79,7 +79,8 @@ fn libvirt_gets_native_ivshmem_device() {
     let socket = broker.path("vm.sock");
     let vectors = broker.attach().layout().vectors;
     let expected = format!(
-        "<!-- in <devices>; if the domain has a controller 32, choose another number with the option chassis -->
+        "<!-- in <devices>; if the domain has a controller 32, choose another number \
+         with the option chassis -->
 <controller type='pci' index='32' model='pcie-root-port'>
   <alias name='ua-two-port'/>
 </controller>
@@ -90,7 +91,8 @@ fn libvirt_gets_native_ivshmem_device() {
   <alias name='ua-two'/>
   <address type='pci' domain='0x0000' bus='0x20' slot='0x00' function='0x0'/>
 </shmem>
-<!-- after </devices>, in <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->
+<!-- after </devices>, in <domain type='kvm' \
+         xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'> -->
 <qemu:override>
   <qemu:device alias='ua-two-port'>
     <qemu:frontend>
