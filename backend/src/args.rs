@@ -412,12 +412,18 @@ pub struct QemuArgs {
     /// Prefix of the IDs in the QEMU arguments; change it for a second barlink device in one VM
     #[arg(long, default_value = "barlink", value_parser = parse_id)]
     pub id: String,
-    /// Chassis number of the root port; change it for a second barlink device in one VM
-    #[arg(long, default_value_t = 64)]
-    pub chassis: u8,
-    /// Print the elements of a libvirt domain instead of QEMU arguments
+    /// Chassis number of the root port, and with --libvirt the index of its controller; change it
+    /// for a second barlink device in one VM [default: 64, over ivshmem with --libvirt 16]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..))]
+    pub chassis: Option<u8>,
+    /// Print the elements of a libvirt domain instead of QEMU arguments: `<shmem>` over ivshmem
+    /// (libvirt 8.2 or later), else `<qemu:commandline>`
     #[arg(long)]
     pub libvirt: bool,
+    /// Run `PATH --version`, and fail if that QEMU is too old for the slot's transport. Without
+    /// this option nothing is run
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
     #[command(flatten)]
     pub which: Which,
 }

@@ -7,6 +7,7 @@ mod inspect;
 mod list;
 mod peek;
 mod qemu_args;
+mod qemu_version;
 mod serve;
 mod stream;
 mod sweeper;

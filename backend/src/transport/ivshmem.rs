@@ -40,9 +40,14 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Ivshmem;
 
+impl Ivshmem {
+    /// Name of the transport.
+    pub const NAME: &'static str = "ivshmem";
+}
+
 impl Transport for Ivshmem {
     fn name(&self) -> &'static str {
-        "ivshmem"
+        Self::NAME
     }
 
     fn number(&self) -> u8 {

@@ -10,10 +10,12 @@
 //! | `session.rs` | builds the needs of a part, and runs it |
 //! | `table.rs` | the table of results |
 //! | `crash/` | faults while records flow, and counts of lost and repeated records |
+//! | `distribution.rs` | the demo with the QEMU of the host's distribution |
 //! | `fuzz.rs` | the fuzz targets of `ci/fuzz` |
 //! | `mutation.rs` | faults in the code itself, which tests must find |
 
 pub mod crash;
+mod distribution;
 mod draw;
 mod fuzz;
 mod mutation;

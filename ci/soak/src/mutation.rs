@@ -85,7 +85,7 @@ pub const ALL: [Mutation; 14] = [
         about: "a guest program does not ring the host",
         seconds: 150,
         file: "client/src/guest/events.rs",
-        from: "calls::ring(&self.file, self.other).map_err(",
+        from: "calls::ring(file, self.other).map_err(",
         to: "Ok(()).map_err(",
         part: Changed::Guest,
         found_by: &[(TRANSPORTS, "ivshmem::idle::idle_ends_sleep_until_rung")],

@@ -33,6 +33,8 @@ pub enum Work {
     Crash(Transport),
     /// Fuzzes a target.
     Fuzz(String),
+    /// Runs the demo with the QEMU of the host's distribution.
+    Distribution,
     /// Runs the tests that must find a fault in the code.
     Mutation(&'static Mutation),
 }
@@ -178,6 +180,12 @@ pub fn all() -> Result<Vec<Part>> {
             Work::Tests(filter.to_owned()),
         );
     }
+    add(
+        "distribution-qemu".to_owned(),
+        "the demo over ivshmem with the host's own QEMU, such as 7.2 of Debian 12",
+        60,
+        Work::Distribution,
+    );
     for target in fuzz::targets()? {
         let about = format!("random inputs for {target}");
         add(format!("fuzz-{target}"), &about, 260, Work::Fuzz(target));

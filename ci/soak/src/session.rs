@@ -10,10 +10,19 @@ use barlink_sandbox::setup;
 use barlink_vm::{check_bare_kvm, check_kernel_boots};
 
 use crate::part::{Part, Work};
-use crate::{SoakArgs, crash, fuzz, mutation};
+use crate::{SoakArgs, crash, distribution, fuzz, mutation};
 
 /// The profile of `.config/nextest.toml` for tests.
 pub const PROFILE: &str = "soak";
+
+/// The end of a part that found no fault.
+#[derive(Debug)]
+pub enum Done {
+    /// A short text about the work.
+    Work(String),
+    /// The reason why the part cannot run here.
+    Skipped(String),
+}
 
 /// State that the parts of one run share.
 #[derive(Debug)]
@@ -37,13 +46,14 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Runs a part to its end. Returns a short text about the work that was done.
+    /// Runs a part to its end. Returns the work that was done.
     ///
     /// # Errors
     ///
     /// The part found a fault, or could not be run.
-    pub fn run(&mut self, part: &Part) -> Result<String> {
-        match &part.work {
+    pub fn run(&mut self, part: &Part) -> Result<Done> {
+        let work = match &part.work {
+            Work::Distribution => return distribution::run(&self.args.vm),
             Work::Tests(filter) => self.test(filter),
             Work::Crash(transport) => {
                 let (rounds, fault) = (self.args.rounds, self.args.fault.as_deref());
@@ -67,7 +77,8 @@ impl<'a> Session<'a> {
                 let (nextest, artifacts) = self.tests()?;
                 mutation::run(mutation, nextest, artifacts)
             }
-        }
+        };
+        work.map(Done::Work)
     }
 
     fn test(&mut self, filter: &str) -> Result<String> {

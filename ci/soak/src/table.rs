@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use crate::SoakArgs;
 use crate::part::{Part, Work};
+use crate::session::Done;
 
 /// The table of results.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ struct Row {
     again: String,
     time: Duration,
     /// The work that was done, such as `200 rounds`; `None` for a failure.
-    done: Option<String>,
+    done: Option<Done>,
 }
 
 impl Table {
@@ -53,7 +54,7 @@ impl Table {
     }
 
     /// Adds a part with the work that was done, or its failure.
-    pub fn add(&mut self, part: &Part, time: Duration, outcome: Result<String>) {
+    pub fn add(&mut self, part: &Part, time: Duration, outcome: Result<Done>) {
         let mut again = format!("cargo xtask soak {} {}", part.name, self.options);
         match part.work {
             Work::Crash(_) => {
@@ -63,7 +64,7 @@ impl Table {
                 }
             }
             Work::Fuzz(_) => again += &format!(" --seconds {}", self.seconds),
-            Work::Tests(_) | Work::Mutation(_) => (),
+            Work::Tests(_) | Work::Distribution | Work::Mutation(_) => (),
         }
         self.rows.push(Row {
             part: part.name.clone(),
@@ -101,7 +102,8 @@ impl fmt::Display for Table {
         for row in &self.rows {
             let time = format!("{:.0} s", row.time.as_secs_f64());
             let (done, result) = match &row.done {
-                Some(done) => (done.as_str(), "ok"),
+                Some(Done::Work(done)) => (done.as_str(), "ok"),
+                Some(Done::Skipped(reason)) => (reason.as_str(), "skipped"),
                 None => ("-", "FAILED"),
             };
             line(&row.part, &time, done, result, &row.again)?;
@@ -111,6 +113,13 @@ impl fmt::Display for Table {
             writeln!(f, "no time was left for: {parts}")?;
         }
         let failed = self.failed();
-        writeln!(f, "{} passed, {failed} failed", self.rows.len() - failed)
+        let is_skipped = |row: &&Row| matches!(row.done, Some(Done::Skipped(_)));
+        let skipped = self.rows.iter().filter(is_skipped).count();
+        let passed = self.rows.len() - failed - skipped;
+        write!(f, "{passed} passed, {failed} failed")?;
+        match skipped {
+            0 => writeln!(f),
+            _ => writeln!(f, ", {skipped} skipped"),
+        }
     }
 }
