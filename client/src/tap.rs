@@ -372,7 +372,8 @@ impl Tap {
     }
 
     /// Returns whether a process holds the sending end now. A tap of a VM does not see the senders
-    /// of VMs, and they count as present. Records of a sender that has left are still copied.
+    /// of VMs, and they count as present. Records of a sender that has left are still copied. A
+    /// program that stops once the sender has left looks for records after it has asked.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -381,10 +382,12 @@ impl Tap {
     ///
     /// let mut log = host::connect("default")?.tap("log")?;
     /// loop {
+    ///     // Before the last look for lines, so that it finds all that the sender has sent.
+    ///     let is_present = log.is_sender_present();
     ///     while let Some(line) = log.recv_timeout(Duration::from_secs(1))? {
     ///         println!("{}", String::from_utf8_lossy(&line.bytes));
     ///     }
-    ///     if !log.is_sender_present() {
+    ///     if !is_present {
     ///         break;
     ///     }
     /// }

@@ -72,8 +72,12 @@ pub struct Tap<M> {
     region: Region<M>,
     base: u64,
     capacity: Capacity,
-    /// The generation that the other fields belong to. Odd before the first one.
+    /// The generation that the other fields belong to. Before the first one it is odd: that of the
+    /// reset during which this tap began, or [`NONE`].
     generation: u64,
+    /// The places that this tap found when it began during a reset. They are valid if the reset is
+    /// refused, because a refused reset changes no other word than the generation.
+    during_reset: Option<Start>,
     /// Cursor at which the next record starts, or padding before it.
     cursor: u64,
     /// Number of records that were committed before the record at `cursor`.
@@ -102,8 +106,8 @@ struct Start {
     dropped: u64,
 }
 
-/// Generation of a tap that began during a reset. It is even, and no channel has it.
-const BEFORE_RESET: u64 = u64::MAX - 1;
+/// Generation of a tap that has not begun.
+const NONE: u64 = u64::MAX;
 
 impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     /// Creates a tap that begins behind the newest record.
@@ -114,7 +118,8 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
             region,
             base: channel.offset,
             capacity: Capacity::of(channel),
-            generation: u64::MAX,
+            generation: NONE,
+            during_reset: None,
             cursor: 0,
             index: 0,
             counted: 0,
@@ -189,11 +194,13 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         for _ in 0..TRIES {
             // SYNC: emptied; pairs with the Release store in `state::reset`.
             let generation = self.region.acquire(self.base + channel::GENERATION);
-            if generation != self.generation {
-                return match self.begin() {
-                    true => Sight::Reset,
-                    false => Sight::Nothing,
-                };
+            if generation != self.generation || generation % 2 == 1 {
+                if self.begin() {
+                    return Sight::Reset;
+                }
+                if generation != self.generation || generation % 2 == 1 {
+                    return Sight::Nothing;
+                }
             }
             if is_behind && !self.go_to_newest() {
                 continue;
@@ -245,20 +252,23 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
     }
 
     /// Begins in the present generation: behind the newest record at first, and after a reset with
-    /// the newest record. Returns whether there was another generation before.
+    /// the newest record. Returns whether a reset came since this tap began.
     fn begin(&mut self) -> bool {
-        let is_first = self.generation % 2 == 1;
         // SYNC: emptied; pairs with the Release store in `state::reset`.
         let generation = self.region.acquire(self.base + channel::GENERATION);
         if generation % 2 == 1 {
-            if is_first {
-                // The records behind this reset come after the beginning of this tap.
-                self.generation = BEFORE_RESET;
+            if self.generation == NONE {
+                self.generation = generation;
+                self.during_reset = self.try_start();
             }
             return false;
         }
         let before = core::mem::replace(&mut self.generation, generation);
-        let Some(start) = (0..TRIES).find_map(|_| self.start()) else {
+        // Records behind a reset that is not refused come after the beginning of this tap.
+        let was_refused = generation.wrapping_add(1) == before;
+        let is_first = before == NONE || was_refused;
+        let kept = self.during_reset.take().filter(|_| was_refused);
+        let Some(start) = kept.or_else(|| self.try_start()) else {
             self.generation = before;
             return false;
         };
@@ -270,6 +280,11 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
         (self.cursor, self.index) = place;
         (self.counted, self.dropped_before) = (counted, dropped);
         !is_first
+    }
+
+    /// Tries a limited number of times to find the places at which this tap can begin.
+    fn try_start(&self) -> Option<Start> {
+        (0..TRIES).find_map(|_| self.start())
     }
 
     /// Finds the newest record by its commit note. If another commit came while the note was read,

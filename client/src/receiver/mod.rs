@@ -297,7 +297,8 @@ impl Receiver {
     }
 
     /// Returns whether a process holds the other end now. Between two VMs the other end is not
-    /// visible, and counts as present. Records of a sender that has left are still received.
+    /// visible, and counts as present. Records of a sender that has left are still received. A
+    /// program that stops once the sender has left looks for records after it has asked.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -306,10 +307,12 @@ impl Receiver {
     ///
     /// let mut log = host::connect("default")?.receiver("log")?;
     /// loop {
+    ///     // Before the last look for lines, so that it finds all that the sender has sent.
+    ///     let is_present = log.is_peer_present();
     ///     while let Some(line) = log.recv_timeout(Duration::from_secs(1))? {
     ///         println!("{}", String::from_utf8_lossy(&line.to_vec()));
     ///     }
-    ///     if !log.is_peer_present() {
+    ///     if !is_present {
     ///         break;
     ///     }
     /// }

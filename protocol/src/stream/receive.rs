@@ -140,7 +140,8 @@ where
         let watched = watch.record(header.sequence);
         watched.map_err(|source| failed(source, 0))?;
         if part == Part::Data || accept.is_raw() {
-            let first = position.done;
+            // A hostile producer can repeat the number of a record that was taken in part.
+            let first = position.done.min(record.length());
             buffer.write_all(receiver, &record, target, first)?;
             total.bytes += (record.length() - first) as u64;
             total.records += u64::from(part == Part::Data);

@@ -3,13 +3,17 @@
 //! Producer and consumer on the heap: order, wrapping, flow control, taking over after a crash, and
 //! channels with wrong words.
 
+use std::cell::RefCell;
 use std::io::Read;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 
-use crate::heap::{Heap, Memory, region, reset};
+use crate::heap::{Heap, Memory, region, region_of, reset};
 use barlink_protocol::cursor::{Detached, Kind};
-use barlink_protocol::wire::layout::{Layout, channel};
-use barlink_protocol::{Consumer, Notify, Ordering, Producer, ReserveError};
+use barlink_protocol::region::Region;
+use barlink_protocol::wire::layout::{Layout, Policy, channel};
+use barlink_protocol::{AtomicU64, Consumer, Notify, Ordering, Producer, ReserveError};
 use proptest::prelude::*;
 
 type Ends = (Producer<Memory>, Consumer<Memory>);
@@ -299,6 +303,102 @@ fn limit_moves_in_steps() {
     assert_eq!(limit(), 4 * 4096 + 1280);
     let _ = producer.reserve(1700).unwrap();
     assert_eq!(limit(), 4 * 4096 + 2 * 864, "the end of the room");
+}
+
+/// Memory that counts the changes of its words. Each access first looks for changes by the one
+/// before, which stored at most one word.
+#[derive(Clone)]
+struct Counted {
+    words: Memory,
+    /// The watched words: their places, last contents and numbers of changes.
+    seen: Rc<RefCell<Vec<(usize, u64, u64)>>>,
+}
+
+impl Counted {
+    fn look(&self) {
+        for (place, content, changes) in self.seen.borrow_mut().iter_mut() {
+            let now = self.words[*place].load(Ordering::Relaxed);
+            *changes += u64::from(now != *content);
+            *content = now;
+        }
+    }
+
+    /// Returns how often each word was changed since the last call.
+    fn changes(&self) -> Vec<u64> {
+        self.look();
+        let mut seen = self.seen.borrow_mut();
+        let changes = seen.iter_mut().map(|seen| std::mem::take(&mut seen.2));
+        changes.collect()
+    }
+}
+
+impl Deref for Counted {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        self.look();
+        &self.words
+    }
+}
+
+/// Counts the stores that a record costs because the channel can have taps. Each commit stores the
+/// three words of one note, however many records it has. The limit moves once in a sixteenth of the
+/// capacity.
+#[test]
+fn commit_stores_three_words_for_taps() {
+    const CAPACITY: u64 = 1 << 16;
+    // A record of 64 bytes takes 88. So many records take less than one lap, without padding.
+    const RECORDS: u64 = 704;
+    for (policy, batch) in [Policy::Wait, Policy::Overwrite]
+        .into_iter()
+        .flat_map(|policy| [1, 64].map(|batch| (policy, batch)))
+    {
+        let layout = region_of(CAPACITY, policy).1;
+        let entry = layout.channels()[0];
+        let notes = channel::NOTES
+            .map(|note| [0, channel::NOTE_RECORDS, channel::NOTE_LAST].map(|word| note + word));
+        let offsets = [channel::LIMIT, channel::WRITTEN]
+            .into_iter()
+            .chain(notes.into_iter().flatten());
+        let memory = Counted {
+            words: (0..layout.region_size / 8)
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+            seen: Rc::new(RefCell::new(
+                offsets
+                    .map(|offset| (((entry.offset + offset) / 8) as usize, 0, 0))
+                    .collect(),
+            )),
+        };
+        let region = Region::new(memory.clone());
+        // The first record starts at cursor 0, and the store of it must be a change.
+        for note in channel::NOTES {
+            region.store(entry.offset + note + channel::NOTE_LAST, u64::MAX);
+        }
+        let mut producer = Producer::attach(region, &entry).unwrap();
+        let _ = memory.changes();
+        for number in 1..=RECORDS {
+            let mut room = producer.reserve(64).unwrap();
+            room.write(0, &[7; 64]);
+            room.stage(Kind::USER, 64, 0);
+            if number % batch == 0 {
+                let _ = producer.publish().unwrap();
+            }
+        }
+        let changes = memory.changes();
+        let commits = RECORDS / batch;
+        assert_eq!(
+            changes[0],
+            (RECORDS * 88).div_ceil(CAPACITY / 16),
+            "the limit"
+        );
+        assert_eq!(changes[1], commits, "the cursor");
+        assert_eq!(
+            changes[2..].iter().sum::<u64>(),
+            3 * commits,
+            "{policy:?}: {changes:?}"
+        );
+    }
 }
 
 #[test]

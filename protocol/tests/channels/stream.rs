@@ -579,6 +579,27 @@ fn position_follows_numbers_that_wrap() {
     assert_eq!(back, Err(Misplaced::WentBack { found, last: 2 }));
 }
 
+/// A program has read a part of a record through a reader, and then releases the record by other
+/// means. A hostile producer gives the number of that record to a shorter one.
+#[test]
+fn receiver_survives_shorter_record_of_same_number() {
+    let (mut sender, mut receiver) = ends(4096, false);
+    send(&mut sender, Kind::DATA, &[7; 10]);
+    send(&mut sender, Kind::END, &[]);
+    let mut position = Position::new(None);
+    let longer = Header {
+        length: 1000,
+        kind: Kind::DATA,
+        clock: Clock::MONOTONIC,
+        sequence: 0,
+        time: 0,
+    };
+    position.take_up(&longer, accept(true, false)).unwrap();
+    position.done = 100;
+    let (received, bytes) = receive_bytes(&mut receiver, accept(true, false), &mut position);
+    assert_eq!((received.unwrap().bytes, bytes.len()), (0, 0));
+}
+
 /// A watch with a timeout.
 struct Hurried;
 

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{Channel, Policy};
-use barlink_protocol::{AtomicU64, Consumer, Producer, ReserveError, Sight, Tap};
+use barlink_protocol::{AtomicU64, Consumer, Producer, ReserveError, Sight, Tap, state};
 use proptest::prelude::*;
 
 use crate::heap::{Heap, Memory, region, region_of, reset, rounds};
@@ -353,6 +353,49 @@ fn tap_reports_reset_once() {
         stage.region.store(stage.entry.offset, generation + 1);
         assert_eq!(tap.look(), Sight::Nothing, "a reset is under way");
         stage.region.store(stage.entry.offset, generation);
+    }
+}
+
+/// Begins a tap while the broker resets the channel or, because an end was claimed meanwhile, does
+/// not. A refused reset changes neither the records that the tap copies nor its counts.
+#[test]
+fn refused_reset_spoils_no_count() {
+    for is_refused in [true, false] {
+        let mut stage = Stage::new();
+        (0..3).for_each(|_| stage.send(10));
+        stage.skip(2);
+        let (mut tap, mut looks) = (None, 0);
+        let are_free = || {
+            looks += 1;
+            if looks == 2 {
+                let mut beginning = stage.tap();
+                assert_eq!(beginning.look(), Sight::Nothing);
+                assert_eq!(beginning.look_at_newest(), Sight::Nothing);
+                tap = Some(beginning);
+            }
+            looks == 1 || !is_refused
+        };
+        let done = state::reset(&stage.region, &stage.entry, 0, are_free, drop);
+        let mut tap = tap.unwrap();
+        assert_eq!(done.is_none(), is_refused);
+        if !is_refused {
+            stage.producer = Producer::attach(stage.region.clone(), &stage.entry).unwrap();
+            stage.committed = 0;
+        }
+        // Records from between the beginning and the first look.
+        (0..2).for_each(|_| stage.send(10));
+        if is_refused {
+            for number in [3, 4] {
+                let sight = tap.look();
+                assert_eq!(copy(&mut tap, sight), Some((number, number + 2)));
+                assert_eq!((tap.missed(), tap.dropped()), (0, 0));
+            }
+        } else {
+            assert_eq!(tap.look(), Sight::Reset);
+            let sight = tap.look();
+            assert_eq!(copy(&mut tap, sight), Some((1, 1)));
+            assert_eq!((tap.missed(), tap.dropped()), (1, 0));
+        }
     }
 }
 
