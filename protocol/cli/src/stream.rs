@@ -343,8 +343,9 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str
         StreamError::Shrunk { missing, .. } => {
             let name = name(file, "standard input");
             let text = format!(
-                "{name} became shorter while it was sent, and its last {missing} bytes are missing: send it again \
-                 when no program writes to it"
+                "{name} became shorter while it was sent, or its file system told a wrong size: all bytes that could \
+                 be read were sent, and the last {missing} bytes of that size are missing: send it again when no program \
+                 writes to it, or through a pipe, which has no size (`cat FILE | ... send`)"
             );
             let code = MISSING;
             return Failure { text, code }.into();
