@@ -317,7 +317,7 @@ pub struct Tail {
 
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Print one snapshot as JSON and exit
+    /// Print one snapshot as JSON and exit; standard error then has errors and nothing else
     #[arg(long)]
     pub json: bool,
     /// Print one snapshot as text and exit [default if standard input or output is not a terminal]
@@ -329,7 +329,7 @@ pub struct Inspect {
 
 #[derive(Debug, Args)]
 pub struct List {
-    /// Print the list as JSON
+    /// Print the list as JSON; standard error then has errors and nothing else
     #[arg(long)]
     pub json: bool,
 }
@@ -397,7 +397,7 @@ pub struct AddChannel {
 
 #[derive(Debug, Args)]
 pub struct ListChannels {
-    /// Print the list as JSON
+    /// Print the list as JSON; standard error then has errors and nothing else
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]

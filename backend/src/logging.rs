@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use barlink_broker::broker::confine_early_thread;
 use barlink_broker::environment::{text, variable};
+use barlink_cli::notice::is_silent;
 use env_logger::{Builder, Target, WriteStyle};
 use log::{Level, LevelFilter, error, warn};
 use nix::sys::signal::SigSet;
@@ -24,9 +25,14 @@ const QUEUE: usize = 1024;
 /// Longest time that an ending program waits for unwritten log lines.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// Starts the log of a command that is not the broker: lines go to standard error at once.
+/// Starts the log of a command that is not the broker: lines go to standard error at once. With
+/// `--json` they are errors, unless the environment asks for more.
 pub fn start() {
-    builder(LevelFilter::Warn, WriteStyle::Auto).init();
+    let level = match is_silent() {
+        true => LevelFilter::Error,
+        false => LevelFilter::Warn,
+    };
+    builder(level, WriteStyle::Auto).init();
     warn_of_filter();
 }
 

@@ -47,6 +47,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             _ => cause.downcast_ref::<ControlError>(),
         };
         match control {
+            Some(ControlError::Replaced { .. }) => return 4,
             Some(ControlError::Refused(refusal)) if refusal.kind() == ErrorKind::InUse => return 4,
             Some(ControlError::Refused(Refusal::Version { .. })) => return 3,
             Some(ControlError::Refused(_)) | None => (),

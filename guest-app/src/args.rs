@@ -154,7 +154,7 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct Info {
-    /// Print the description as JSON
+    /// Print the description as JSON; standard error then has errors and nothing else
     #[arg(long)]
     pub json: bool,
 }

@@ -11,7 +11,7 @@ use barlink::host::{self, AttachOptions, ControlError};
 use barlink::{Access, Error};
 use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
-use log::warn;
+use log::error;
 use serde::Serialize;
 
 use crate::args::{List, parse_name};
@@ -85,7 +85,7 @@ fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
         Err(error) => {
             let folder = folder.display();
-            warn!(
+            error!(
                 "cannot list {folder}: {error}; `barlink inspect --name NAME` finds a broker there"
             );
             return Vec::new();

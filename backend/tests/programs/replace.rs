@@ -70,6 +70,52 @@ fn successor_knows_vms_and_host_apps() {
     assert_eq!(stopped.kind(), std::io::ErrorKind::NotFound);
 }
 
+/// Each process asks the broker that runs at that moment. One that loses to another names it.
+#[test]
+fn losers_of_many_successors_name_winner() {
+    let mut broker = Broker::start(&[]);
+    let mut losers = 0;
+    for _ in 0..5 {
+        let start = |_| {
+            let mut command = broker.command(&["--replace"]);
+            command
+                .env("RUST_LOG", "error")
+                .stderr(Stdio::piped())
+                .start()
+        };
+        let mut all: Vec<_> = (0..12).map(start).collect();
+        wait_until("one is left", || {
+            all = std::mem::take(&mut all)
+                .into_iter()
+                .filter_map(|mut successor| {
+                    let Some(status) = successor.try_wait().unwrap() else {
+                        return Some(successor);
+                    };
+                    let text = errors_of(&mut successor);
+                    if status.code() == Some(4) {
+                        let names = text.contains(" has just replaced the broker at ");
+                        assert!(names || text.contains("busy"), "{text}");
+                        losers += usize::from(names);
+                    } else {
+                        // It served, and was replaced.
+                        assert_eq!(status.code(), Some(0), "{text}");
+                    }
+                    None
+                })
+                .collect();
+            all.len() == 1
+        });
+        let winner = all.pop().unwrap();
+        let mut predecessor = std::mem::replace(&mut broker.child, winner);
+        assert_eq!(wait(&mut predecessor).code(), Some(0));
+        let pid = broker.child.id();
+        wait_until("it serves", || {
+            broker.attach().status().unwrap().broker == pid
+        });
+    }
+    assert!(losers > 0, "no process lost");
+}
+
 #[test]
 fn successor_keeps_base_of_reset() {
     let arguments = ["--channel", "loop=host-host,64K"];

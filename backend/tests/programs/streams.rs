@@ -93,6 +93,35 @@ fn receiver_reports_waiting_for_sender() {
     assert_eq!(terminal.text().matches("waiting").count(), 1);
 }
 
+/// A terminal is where a program would show most of what a person reads.
+#[test]
+fn json_commands_print_no_notices() {
+    let broker = Broker::start(&LOOP);
+    let out = broker.path("out");
+    let mut command = recv(&broker);
+    command.arg("--json").arg("-o").arg(&out);
+    let mut terminal = Terminal::start(command, USUAL);
+    wait_until("the receiver is there", || {
+        !broker.attach().status().unwrap().claims.is_empty()
+    });
+    std::thread::sleep(REPORT_TIME);
+    file_with(&broker.path("in"), b"here it is");
+    let sent = run(send(&broker).arg("--json").arg(broker.path("in")));
+    serde_json::from_slice::<serde_json::Value>(&sent.stderr).unwrap();
+    assert_eq!(wait(&mut terminal.child).code(), Some(0));
+    terminal.wait_for("\"bytes\":10");
+    let text = terminal.text().replace('\n', "");
+    assert!(text.starts_with('{') && text.ends_with('}'), "{text}");
+    // A warning is no error; a folder that cannot be listed is one.
+    let list = |options: &[&str]| {
+        let mut list = barlink([&["list"], options].concat());
+        list.env("RUST_LOG", "nonsense");
+        run(list.env("XDG_RUNTIME_DIR", broker.folder.path())).stderr
+    };
+    assert!(list(&["--json"]).is_empty());
+    assert!(!list(&[]).is_empty());
+}
+
 #[test]
 fn receiver_reports_waiting_for_data_once() {
     let broker = Broker::start(&LOOP);

@@ -4,7 +4,7 @@
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -451,6 +451,48 @@ fn successor_serves_beside_foreign_file() {
     assert_eq!(code, Some(0));
     assert!(socket.symlink_metadata().is_ok() && !control.exists());
     assert_eq!(std::fs::read(&lock).unwrap(), b"mine");
+}
+
+/// The other program listens at the path of a socket whose file was removed.
+#[test]
+fn successor_leaves_live_foreign_socket_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut broker = Broker::start_as(&manager, folder, &[]);
+    let (socket, control) = (broker.path("vm.sock"), broker.control());
+    std::fs::remove_file(&socket).unwrap();
+    let other = UnixListener::bind(&socket).unwrap();
+    let theirs = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(&socket, theirs.clone()).unwrap();
+    let mut check = broker.command(&["--check"]);
+    let check = check.env("MAINPID", broker.child.id().to_string());
+    fails(
+        check.stderr(Stdio::piped()),
+        1,
+        &["was removed and a socket of another program has its name now: remove that one"],
+    );
+    broker.restart(&manager, &[]);
+    let log = broker.log();
+    let told = "because a socket of another program has its name: remove that";
+    assert!(log.contains(told), "{log}");
+    let mode = socket.metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, theirs.mode());
+    drop(other);
+
+    // A broker that no service manager runs removes its own files at its end.
+    let mut broker = Broker::start(&[]);
+    let (socket, own) = (broker.path("vm.sock"), broker.control());
+    std::fs::remove_file(&socket).unwrap();
+    let other = UnixListener::bind(&socket).unwrap();
+    for _ in 0..2 {
+        succeed(&mut broker, &[]);
+        assert!(broker.log().contains(told), "{}", broker.log());
+    }
+    let (_folder, code) = broker.stop(Signal::TERM);
+    assert_eq!(code, Some(0));
+    assert!(!own.exists() && control.exists());
+    let _connected = UnixStream::connect(&socket).unwrap();
+    other.accept().unwrap();
 }
 
 /// A take-over makes the missing socket of its predecessor again, and then fails.

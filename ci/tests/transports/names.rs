@@ -82,6 +82,18 @@ fn names_follow_devices_bound_in_other_order() -> Result<()> {
         first.as_str().unwrap_or_default()
     );
     ensure!(said.contains(&text), "{said}");
+    // A program that reads standard error finds errors there and nothing else.
+    let json = vm.run(["barlink-guest", "--cache", "auto", "info", "--json"])?;
+    ensure!(json.stderr.is_empty(), "{json:?}");
+    let json: Value = serde_json::from_str(&json.success()?)?;
+    ensure!(
+        json["name"] == first && json["broker_fault"].is_null(),
+        "{json}"
+    );
+    let send = "echo text | barlink-guest --cache auto send --json";
+    let sent = vm.run(["sh", "-c", send])?;
+    serde_json::from_slice::<Value>(&sent.stderr)?;
+    sent.success()?;
     let named = vm.run(["barlink-guest", "--device", by_number[0], "poke", "text"])?;
     ensure!(!String::from_utf8_lossy(&named.stderr).contains("warning"));
 

@@ -82,6 +82,8 @@ fn guest_without_driver_streams_both_ways() -> Result<()> {
             && errors.lines().count() == 1,
         "{errors}"
     );
+    let output = vm.run(["barlink-guest", "info", "--json"])?;
+    ensure!(output.stderr.is_empty(), "{output:?}");
     ensure!(broker.run(["peek", "--raw", "--length", "12"])? == b"of the guest");
     broker.run(["poke", "of the host"])?;
     let output = vm.run([

@@ -69,6 +69,16 @@ pub enum ControlError {
         /// The socket.
         path: PathBuf,
     },
+    /// Another process has replaced the broker that this one wanted to replace.
+    #[error(
+        "process {process} has just replaced the broker at {path}, before this one could: try again to replace that one"
+    )]
+    Replaced {
+        /// The socket.
+        path: PathBuf,
+        /// ID of the process that serves there now.
+        process: u32,
+    },
     /// This user may not connect.
     #[error(
         "no permission to attach at {path}: run as the broker's user, or start it with --allow-user and a --control socket whose folder you can enter"
@@ -182,6 +192,7 @@ impl ControlError {
             | ControlError::Ended { .. }
             | ControlError::Closed { .. }
             | ControlError::Lost { .. } => ErrorKind::Disconnected,
+            ControlError::Replaced { .. } => ErrorKind::InUse,
             ControlError::Inherited { .. } => ErrorKind::Inherited,
             ControlError::Refused(refusal) => refusal.kind(),
         }

@@ -4,10 +4,9 @@
 //! on without a broker, so the warning ends nothing. A program that has sent something asks before
 //! it ends, because a short one would end before its watch could warn.
 
-use std::io::{Write, stderr};
-
 use anyhow::Result;
 use barlink::guest::Device;
+use barlink_cli::notice::tell;
 use barlink_cli::unread::wait_until_received;
 
 /// Text of the warning about a broker that does not answer.
@@ -46,8 +45,9 @@ pub fn confirm(device: &Device, channel: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Returns the text about a broker that is gone, as far as that can be found out.
-fn fault(device: &Device) -> Option<&'static str> {
+/// Returns the text about a broker that is gone, as far as that can be found out. Takes ten seconds
+/// if the broker does not answer.
+pub fn fault(device: &Device) -> Option<&'static str> {
     let watch = device.watch_broker().ok()?;
     if watch.has_ended() {
         return Some(ENDED);
@@ -72,6 +72,5 @@ pub fn watch(device: &Device) {
 }
 
 fn warn(text: &str) {
-    // `eprintln` would panic where standard error is closed.
-    let _ = writeln!(stderr(), "barlink-guest: warning: {text}");
+    tell(&format!("barlink-guest: warning: {text}"));
 }

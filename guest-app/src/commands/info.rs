@@ -14,6 +14,7 @@ use barlink_protocol::wire::layout::NO_PEER;
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
+use super::broker;
 use crate::args;
 
 /// The output of `barlink-guest info --json`.
@@ -47,6 +48,9 @@ struct Report {
     choice: Option<Measured>,
     /// The channels of the region.
     channels: Vec<Channel>,
+    /// The reason why the broker is taken for gone; `null` if it answers, or if this user may not
+    /// ask it.
+    broker_fault: Option<&'static str>,
 }
 
 /// The choice of a cache mode by a measurement.
@@ -120,6 +124,8 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         cache,
         choice: device.choice().map(Measured::from),
         channels: channels.collect(),
+        // The text comes at once, and a warning behind it.
+        broker_fault: args.json.then(|| broker::fault(device)).flatten(),
     };
     let text = if args.json {
         serde_json::to_string_pretty(&report)?

@@ -8,12 +8,12 @@ mod info;
 mod stream;
 mod telemetry;
 
-use std::io::{Write, stderr};
 use std::path::Path;
 
 use anyhow::Result;
 use barlink::Access;
 use barlink::guest::{self, Device, OpenOptions};
+use barlink_cli::notice::tell;
 use barlink_cli::{place, tail};
 
 use crate::args::{Cli, Command};
@@ -31,18 +31,15 @@ fn warn_of_choice(device: &Device, count: usize) {
         "" => String::new(),
         name => format!(", that of broker `{name}`"),
     };
-    // `eprintln` would panic where standard error is closed.
-    let _ = writeln!(
-        stderr(),
+    tell(&format!(
         "barlink-guest: warning: {DEFAULT_DEVICE} is used{of}, and there are {count} devices: choose one with --device"
-    );
+    ));
 }
 
 /// Tells the cache mode that a measurement chose, and the reason, in a line on standard error.
 fn tell_choice(device: &Device) {
     if let Some(choice) = device.choice() {
-        // `eprintln` would panic where standard error is closed.
-        let _ = writeln!(stderr(), "barlink-guest: cache mode {choice}");
+        tell(&format!("barlink-guest: cache mode {choice}"));
     }
 }
 
@@ -59,12 +56,11 @@ pub fn run(cli: &Cli) -> Result<()> {
         .access(access)
         .open(path)?;
     if !device.has_driver() && path != device.path() {
-        let _ = writeln!(
-            stderr(),
+        tell(&format!(
             "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
              keep out others)",
             device.path().display()
-        );
+        ));
     }
     if cli.device.is_none() && device.has_driver() {
         warn_of_choice(&device, guest::nodes().len());
@@ -83,13 +79,16 @@ pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Info(args) => {
             info::info(&device, args)?;
-            broker::check(&device);
+            // The output as JSON has the answer.
+            if !args.json {
+                broker::check(&device);
+            }
             Ok(())
         }
         Command::Send(args) => {
             stream::send(&device, args)?;
             // A rate tells little without the mode that it was reached in.
-            if cli.cache.is_none() && !args.stream.json {
+            if cli.cache.is_none() {
                 tell_choice(&device);
             }
             Ok(())

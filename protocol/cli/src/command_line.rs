@@ -6,14 +6,22 @@ use std::io::{IsTerminal, Write, stdout};
 
 use anyhow::Context;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Command, Parser};
+use clap::{ArgMatches, Command, Parser};
 
+use crate::notice;
 use crate::standard::print;
 use crate::{report, visible};
 
-/// Parses the command line. On an error, prints one line that describes it and ends the program.
+/// Parses the command line, and switches notices off if it has `--json`. On an error, prints one
+/// line that describes it and ends the program.
 pub fn parse<Cli: Parser>() -> Cli {
-    Cli::try_parse().unwrap_or_else(|error| {
+    let parsed = Cli::command().try_get_matches().and_then(|matches| {
+        if is_json(&matches) {
+            notice::silence();
+        }
+        Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut Cli::command()))
+    });
+    parsed.unwrap_or_else(|error| {
         let command = Cli::command();
         let program = command.get_name();
         let shows_help = [
@@ -52,6 +60,15 @@ pub fn parse<Cli: Parser>() -> Cli {
         );
         std::process::exit(error.exit_code());
     })
+}
+
+/// Returns whether the command has the option `--json`, and was given it.
+fn is_json(mut matches: &ArgMatches) -> bool {
+    while let Some((_, inner)) = matches.subcommand() {
+        matches = inner;
+    }
+    // A command without the option is an error here.
+    matches!(matches.try_get_one("json"), Ok(Some(true)))
 }
 
 /// Prints the help or the version to standard output.
@@ -159,6 +176,27 @@ mod tests {
         assert_eq!(tip(&["tail", "-n", "-1"]), text("-n"));
         assert_eq!(tip(&["tail", "--json", "-1"]), None);
         assert_eq!(tip(&["tail", "-1"]), None);
+    }
+
+    #[test]
+    fn json_is_option_of_last_subcommand() {
+        let json = Arg::new("json")
+            .long("json")
+            .action(clap::ArgAction::SetTrue);
+        let list = Command::new("list").arg(json.clone());
+        let command = Command::new("program")
+            .subcommand(Command::new("channel").subcommand(list))
+            .subcommand(Command::new("info").arg(json))
+            .subcommand(Command::new("echo").arg(Arg::new("from")));
+        let is_json = |words: &[&str]| {
+            let words = std::iter::once(&"program").chain(words);
+            is_json(&command.clone().try_get_matches_from(words).unwrap())
+        };
+        assert!(is_json(&["info", "--json"]));
+        assert!(is_json(&["channel", "list", "--json"]));
+        for words in [&["info"][..], &["channel", "list"], &["echo", "json"], &[]] {
+            assert!(!is_json(words), "{words:?}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use barlink::stream::{Misplaced, StreamError};
 use barlink_protocol::stream::{Progress, Watch};
 use indicatif::{BinaryBytes, HumanCount, ProgressBar, ProgressStyle};
 
-use crate::notice::broker_ended;
+use crate::notice::{broker_ended, is_silent, tell};
 
 /// Time between two updates. An update at each record would slow the stream down.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -27,7 +27,8 @@ pub struct Wait {
     away: String,
     /// Message if a process holds the other end.
     held: String,
-    /// Whether no message follows: one was shown, or standard error is not a terminal.
+    /// Whether no message follows: one was shown, standard error is not a terminal, or it is for
+    /// JSON.
     is_over: bool,
 }
 
@@ -52,7 +53,7 @@ impl Wait {
         Wait {
             away,
             held,
-            is_over: !io::stderr().is_terminal(),
+            is_over: is_silent() || !io::stderr().is_terminal(),
         }
     }
 }
@@ -78,7 +79,8 @@ pub struct Meter<'a> {
 impl<'a> Meter<'a> {
     /// Creates the meter of a stream between a channel and `file`. `size` is the number of bytes of
     /// the stream, if it is known. If the file is a terminal, the meter shows nothing, because it
-    /// would draw over the text of the stream. The stream ends after a `timeout` without a record.
+    /// would draw over the text of the stream, and neither with JSON. The stream ends after a
+    /// `timeout` without a record.
     pub fn new(
         file: &impl IsTerminal,
         size: Option<u64>,
@@ -86,7 +88,7 @@ impl<'a> Meter<'a> {
         json: bool,
         wait: &'a mut Wait,
     ) -> Self {
-        let visible = io::stderr().is_terminal() && !file.is_terminal();
+        let visible = !json && io::stderr().is_terminal() && !file.is_terminal();
         let bar = if visible {
             ProgressBar::new_spinner()
         } else {
@@ -123,8 +125,6 @@ impl<'a> Meter<'a> {
     /// Removes the progress bar and prints the summary to standard error.
     pub fn finish(self, done: &str, total: &Progress) {
         self.bar.finish_and_clear();
-        // Errors of these writes are ignored because standard error may be closed.
-        let mut stderr = io::stderr();
         if self.json {
             let is_whole = total.dropped == 0 && !total.headless && !total.went_back;
             return self.print_json(total, is_whole);
@@ -133,14 +133,13 @@ impl<'a> Meter<'a> {
             let seconds = self.seconds();
             let rate = BinaryBytes((total.bytes as f64 / seconds.max(1e-9)) as u64);
             let bytes = BinaryBytes(total.bytes);
-            let _ = writeln!(stderr, "{done} {bytes} in {seconds:.2} s, {rate}/s");
+            tell(&format!("{done} {bytes} in {seconds:.2} s, {rate}/s"));
         }
         if total.headless {
-            let _ = writeln!(stderr, "{NO_BEGINNING}");
+            tell(NO_BEGINNING);
         }
         if total.went_back {
-            let text = "the numbers of the records went back: some records may have come twice";
-            let _ = writeln!(stderr, "{text}");
+            tell("the numbers of the records went back: some records may have come twice");
         }
         print_dropped(total.dropped);
     }
@@ -202,6 +201,7 @@ impl<'a> Meter<'a> {
         if self.has_grown {
             summary["grown"] = true.into();
         }
+        // The error is ignored because standard error may be closed.
         let _ = writeln!(io::stderr(), "{summary}");
     }
 }
@@ -213,10 +213,7 @@ pub(crate) fn print_dropped(dropped: u64) {
         1 => "1 record was".to_owned(),
         count => format!("{} records were", HumanCount(count)),
     };
-    let _ = writeln!(
-        io::stderr(),
-        "{records} dropped because the channel was full"
-    );
+    tell(&format!("{records} dropped because the channel was full"));
 }
 
 impl Watch for Meter<'_> {
@@ -242,9 +239,7 @@ impl Watch for Meter<'_> {
     }
 
     fn broker_ended(&mut self) {
-        if !self.json {
-            broker_ended();
-        }
+        broker_ended();
     }
 
     fn waits(&mut self, is_away: bool) {
@@ -256,8 +251,7 @@ impl Watch for Meter<'_> {
             false => &self.wait.held,
         };
         self.bar.suspend(|| {
-            // The error is ignored because standard error may be closed.
-            let _ = writeln!(io::stderr(), "{what} (press Ctrl-C to stop)");
+            tell(&format!("{what} (press Ctrl-C to stop)"));
         });
     }
 }

@@ -1,13 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A message about the broker of a stream that goes on.
+//! Notices on standard error: lines for a person about a command that goes on. With `--json` there
+//! are none, because a program reads standard error then. Errors are no notices.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::os::fd::AsFd;
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+
+/// Whether the command prints JSON, and no notices.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Switches notices off, for a command with `--json`.
+pub(crate) fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
+/// Returns whether notices are off, because the command prints JSON.
+pub fn is_silent() -> bool {
+    SILENT.load(Ordering::Relaxed)
+}
+
+/// Prints a notice, as one line on standard error, unless the command prints JSON.
+pub fn tell(text: &str) {
+    if !is_silent() {
+        // `eprintln` would panic where standard error is closed.
+        let _ = writeln!(stderr(), "{text}");
+    }
+}
 
 /// Says on standard error, once, that the broker has ended.
 pub(crate) fn broker_ended() {
@@ -29,8 +52,7 @@ fn say(text: &str) {
         } else {
             ""
         };
-        // The error is ignored because standard error may be closed.
-        let _ = writeln!(stderr(), "{clear}{text}");
+        tell(&format!("{clear}{text}"));
     });
 }
 
@@ -48,8 +70,11 @@ pub enum Found {
 
 /// Says so when the connection to the broker ends. `look` then tells what is at the same socket. A
 /// thread waits for the end, and does so without a timer. A broker's successor keeps the
-/// connection. Without a thread there is no message.
+/// connection. Without a thread, or with `--json`, there is no message.
 pub fn watch_broker(connection: &impl AsFd, look: impl FnOnce() -> Found + Send + 'static) {
+    if is_silent() {
+        return;
+    }
     let Ok(connection) = connection.as_fd().try_clone_to_owned() else {
         return;
     };

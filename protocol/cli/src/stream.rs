@@ -3,7 +3,7 @@
 //! The commands `send` and `recv`: they move a file through a channel.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use rustix::fs::SeekFrom;
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
 use crate::meter::{Meter, Wait};
+use crate::notice::tell;
 use crate::size::{parse_size, parse_time};
 use crate::standard::{OutputClosed, input, output};
 use crate::visible;
@@ -38,7 +39,7 @@ pub struct Send {
     /// ms, s, m or h [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
-    /// Print a summary as JSON to standard error
+    /// Print a summary as JSON to standard error, which then has it and errors, and nothing else
     #[arg(long)]
     pub json: bool,
 }
@@ -75,7 +76,7 @@ pub struct Recv {
     /// [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub timeout: Option<Duration>,
-    /// Print a summary as JSON to standard error
+    /// Print a summary as JSON to standard error, which then has it and errors, and nothing else
     #[arg(long)]
     pub json: bool,
 }
@@ -128,11 +129,10 @@ where
                 meter.spoil(&total);
                 return Err(error.context(format!("sending to channel `{channel}`")));
             }
-            let has_grown = meter.has_grown() && !args.json;
+            let has_grown = meter.has_grown();
             meter.finish("sent", &total);
             if has_grown {
-                // The error is ignored because standard error may be closed.
-                let _ = writeln!(io::stderr(), "{}", grown(args.file.as_deref(), total.bytes));
+                tell(&grown(args.file.as_deref(), total.bytes));
             }
             Ok(())
         }
@@ -219,10 +219,7 @@ pub fn receive(
                 if !goes_on {
                     return Err(error);
                 }
-                if !args.json {
-                    // The error is ignored because standard error may be closed.
-                    let _ = writeln!(io::stderr(), "{error:#}; the next stream follows");
-                }
+                tell(&format!("{error:#}; the next stream follows"));
             }
         }
         if !args.follow {
@@ -346,8 +343,9 @@ fn describe(error: StreamError, channel: &str, file: Option<&Path>, option: &str
         StreamError::Shrunk { missing, .. } => {
             let name = name(file, "standard input");
             let text = format!(
-                "{name} became shorter while it was sent, and its last {missing} bytes are missing: send it again \
-                 when no program writes to it"
+                "{name} became shorter while it was sent, or its file system told a wrong size: all bytes that could \
+                 be read were sent, and the last {missing} bytes of that size are missing: send it again when no program \
+                 writes to it, or through a pipe, which has no size (`cat FILE | ... send`)"
             );
             let code = MISSING;
             return Failure { text, code }.into();

@@ -99,8 +99,8 @@ impl Copied {
         let mut begun = takes_all.then_some((0, 0));
         // Whether a record of the stream was found.
         let mut is_inside = false;
-        let mut is_silent = takes_all || args.json || began_inside;
-        if began_inside && !takes_all && !args.json {
+        let mut is_silent = takes_all || began_inside;
+        if began_inside && !takes_all {
             print_waiting(channel);
         }
         let mut since = Instant::now();
@@ -173,13 +173,11 @@ impl Copied {
 
     /// Reports the missing parts of a stream that the user accepts all the same.
     fn print_missing(&self) {
-        // Errors of these writes are ignored because standard error may be closed.
-        let mut stderr = io::stderr();
         if self.headless {
-            let _ = writeln!(stderr, "{NO_BEGINNING}");
+            notice::tell(NO_BEGINNING);
         }
         if let Some(loss) = self.loss() {
-            let _ = writeln!(stderr, "{loss}");
+            notice::tell(&loss);
         }
     }
 
@@ -199,11 +197,9 @@ impl Copied {
 
 /// Says that a tap began within a stream.
 fn print_waiting(channel: &str) {
-    // The error is ignored because standard error may be closed.
-    let _ = writeln!(
-        io::stderr(),
+    notice::tell(&format!(
         "channel `{channel}` is in the middle of a stream: waiting for the beginning of the next one"
-    );
+    ));
 }
 
 /// Copies the next record. Within a stream, the result is `None` once the sender has left.

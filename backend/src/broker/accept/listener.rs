@@ -5,10 +5,10 @@
 
 use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,8 +29,11 @@ use barlink::control::packet::{FOLDER, kind_of_file};
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
-/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`).
-const MAX_NOTE: u64 = 4096;
+/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`), and
+/// the numbers behind it.
+const MAX_NOTE: u64 = 4096 + 64;
+/// Another program's socket, as messages name it.
+const FOREIGN: &str = "a socket of another program";
 /// Longest time between the removal of a broker's files and the broker's end.
 const END_TIME: Duration = Duration::from_secs(2);
 /// Connections that may wait to be accepted.
@@ -218,6 +221,8 @@ pub enum SocketError {
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// The file of the socket; `None` if a predecessor of another version did not note it.
+    file: Option<Identity>,
     lock: Lock,
     keeps_file: AtomicBool,
 }
@@ -230,6 +235,66 @@ struct Lock {
     path: PathBuf,
     file: Arc<File>,
     kept: AtomicBool,
+}
+
+/// The device and the inode of a file. Those of a socket's file are used again only after the end
+/// of the socket, which keeps the inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity(u64, u64);
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Identity(metadata.dev(), metadata.ino())
+    }
+
+    /// Returns that of the socket at a path; `None` for another file, or none.
+    fn of_socket(path: &Path) -> Option<Self> {
+        let found = path.symlink_metadata().ok()?;
+        found.file_type().is_socket().then(|| Self::of(&found))
+    }
+}
+
+/// The content of a lock file: the control socket of the broker that has the lock, and the file of
+/// the locked socket, for a successor. The form is the path, a zero byte, and the device and inode
+/// as decimal numbers.
+#[derive(Default)]
+struct Note {
+    control: PathBuf,
+    file: Option<Identity>,
+}
+
+impl Note {
+    fn read(lock: &File) -> Self {
+        let mut bytes = Vec::new();
+        // A lock that cannot be read notes nothing. The position of its descriptor is shared with a
+        // predecessor.
+        let mut buffer = [0; 512];
+        while bytes.len() as u64 <= MAX_NOTE
+            && let Ok(count @ 1..) = lock.read_at(&mut buffer, bytes.len() as u64)
+        {
+            bytes.extend_from_slice(&buffer[..count]);
+        }
+        let (control, file) = match bytes.iter().position(|byte| *byte == 0) {
+            None => (&bytes[..], &[][..]),
+            Some(end) => (&bytes[..end], &bytes[end + 1..]),
+        };
+        let file = std::str::from_utf8(file).ok();
+        let file = file.and_then(|file| file.split_once(' '));
+        let file = file
+            .and_then(|(device, inode)| Some(Identity(device.parse().ok()?, inode.parse().ok()?)));
+        let control = PathBuf::from(OsString::from_vec(control.to_owned()));
+        Note { control, file }
+    }
+
+    fn write(&self, lock: &File) {
+        let mut bytes = self.control.as_os_str().as_bytes().to_owned();
+        if let Some(Identity(device, inode)) = self.file {
+            bytes.extend(format!("\0{device} {inode}").into_bytes());
+        }
+        // The broker serves even if the disk is full.
+        let _ = lock.set_len(0);
+        let _ = lock.write_all_at(&bytes, 0);
+    }
 }
 
 /// What has the path of a socket.
@@ -283,8 +348,9 @@ impl Listener {
             file: Arc::new(lock_file.into()),
             kept: AtomicBool::new(true),
         };
+        let file = Note::read(&lock.file).file;
         let name = path.display();
-        match look(&path) {
+        match look_for(&path, file) {
             Ok(found @ (Found::Nothing | Found::StaleSocket)) => {
                 let kind = rustix::net::sockopt::socket_type(&socket);
                 let kind = kind.map_err(|error| failed(&path, error.into()))?;
@@ -306,6 +372,7 @@ impl Listener {
             socket,
             lock,
             path,
+            file,
             keeps_file: AtomicBool::new(true),
         })
     }
@@ -327,7 +394,7 @@ impl Listener {
             Ok(named) if is_same(&named, &ours) => theirs,
             _ => Lock::take(path, &control)?,
         };
-        Self::bind_at(path, &address, lock, policy, kind)
+        Self::bind_at(path, &address, lock, &control, policy, kind)
     }
 
     /// Gives the file the mode of a policy, which can differ from the predecessor's.
@@ -355,7 +422,7 @@ impl Listener {
         options.custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
         let file = options.open(&self.path)?;
         let metadata = file.metadata()?;
-        let is_ours = metadata.file_type().is_socket()
+        let is_ours = self.is_file(&metadata)
             && metadata.nlink() == 1
             && metadata.uid() == rustix::process::geteuid().as_raw();
         if !is_ours || metadata.permissions().mode() & 0o777 == mode {
@@ -364,6 +431,12 @@ impl Listener {
         // Another file may have the name by now, so the examined file is named by its descriptor.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         std::fs::set_permissions(same, std::fs::Permissions::from_mode(mode))
+    }
+
+    /// Returns whether a file is that of this socket.
+    fn is_file(&self, found: &Metadata) -> bool {
+        let is_ours = self.file.is_none_or(|ours| ours == Identity::of(found));
+        is_ours && found.file_type().is_socket()
     }
 
     /// Listens for byte streams of VMs, for the broker with that control socket.
@@ -376,9 +449,15 @@ impl Listener {
         Self::listen(control, control, policy, SocketType::SEQPACKET)
     }
 
-    /// Checks that a path has a socket, for a broker that already listens there.
+    /// Checks that a path has the socket of the broker that already listens there.
     pub fn check_file(path: &Path) -> Result<(), SocketError> {
-        match look(path)? {
+        let mut options = OpenOptions::new();
+        // An open of a pipe must not wait. Another user's lock cannot be read.
+        options.read(true);
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        let lock = options.open(lock_path(path)).ok();
+        let file = lock.and_then(|lock| Note::read(&lock).file);
+        match look_for(path, file)? {
             Found::Socket => Ok(()),
             found => Err(SocketError::Removed {
                 path: path.to_owned(),
@@ -414,14 +493,15 @@ impl Listener {
         let control = std::path::absolute(control).map_err(|source| failed(path, source))?;
         let lock = Lock::take(path, &control)?;
         clear(path, address, kind)?;
-        Self::bind_at(path, address, lock, policy, kind)
+        Self::bind_at(path, address, lock, &control, policy, kind)
     }
 
-    /// Listens at a path that no file has.
+    /// Listens at a path that no file has, and notes the socket's file in the lock.
     fn bind_at(
         path: &Path,
         address: &SocketAddrUnix,
         lock: Lock,
+        control: &Path,
         policy: &Policy,
         kind: SocketType,
     ) -> Result<Self, SocketError> {
@@ -429,9 +509,16 @@ impl Listener {
         let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let socket = socket.map_err(|error| failed(path, error.into()))?;
         bind(&socket, address, mode(policy, kind)).map_err(|error| failed(path, error.into()))?;
+        let file = Identity::of_socket(path);
+        let note = Note {
+            control: control.to_owned(),
+            file,
+        };
+        note.write(&lock.file);
         let listener = Listener {
             socket,
             path: path.to_owned(),
+            file,
             keeps_file: AtomicBool::new(false),
             lock,
         };
@@ -450,7 +537,7 @@ impl Listener {
     /// Returns the paths of the socket and of its lock, unless they are another program's files.
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
         let found = self.path.symlink_metadata();
-        let has_socket = found.is_ok_and(|found| found.file_type().is_socket());
+        let has_socket = found.is_ok_and(|found| self.is_file(&found));
         let named = self.lock.path.symlink_metadata();
         let locked = self.lock.file.metadata();
         let has_lock = named.is_ok_and(|named| locked.is_ok_and(|ours| is_same(&named, &ours)));
@@ -488,9 +575,10 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if !self.keeps_file.load(Ordering::Relaxed) {
-            // A file that another process has removed needs no removal. The lock's file is removed
-            // after this one.
+        let found = self.path.symlink_metadata();
+        // The lock's file is removed after this one.
+        if !self.keeps_file.load(Ordering::Relaxed) && found.is_ok_and(|found| self.is_file(&found))
+        {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -502,7 +590,7 @@ impl Lock {
     fn take(path: &Path, control: &Path) -> Result<Self, SocketError> {
         let lock = lock_path(path);
         loop {
-            let mut file = open_lock(&lock).map_err(|error| error.of(path, &lock))?;
+            let file = open_lock(&lock).map_err(|error| error.of(path, &lock))?;
             match lock_alone(&file) {
                 Ok(()) => (),
                 Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
@@ -513,9 +601,12 @@ impl Lock {
             let ours = file.metadata().map_err(|source| failed(path, source))?;
             match std::fs::symlink_metadata(&lock) {
                 Ok(named) if is_same(&named, &ours) => {
-                    // The broker serves even if the disk is full.
-                    let _ = file.set_len(0);
-                    let _ = file.write_all(control.as_os_str().as_bytes());
+                    let control = control.to_owned();
+                    Note {
+                        control,
+                        file: None,
+                    }
+                    .write(&file);
                     return Ok(Lock {
                         path: lock,
                         file: Arc::new(file),
@@ -537,7 +628,7 @@ impl Drop for Lock {
 }
 
 fn is_same(one: &Metadata, other: &Metadata) -> bool {
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
+    Identity::of(one) == Identity::of(other)
 }
 
 /// Opens a lock file, or creates it. Other processes may be able to change the folder, so the file
@@ -598,10 +689,7 @@ impl LockError {
 
 /// Returns the error that names the owner of a socket, as written in its lock.
 fn served(path: &Path, control: &Path, lock: &File) -> SocketError {
-    let mut noted = Vec::new();
-    // A lock that cannot be read names no owner.
-    let _ = lock.take(MAX_NOTE).read_to_end(&mut noted);
-    let holder = PathBuf::from(OsString::from_vec(noted));
+    let holder = Note::read(lock).control;
     let path = path.to_owned();
     if holder == control || (holder.as_os_str().is_empty() && path == control) {
         return SocketError::Served { path };
@@ -738,6 +826,17 @@ fn look(path: &Path) -> Result<Found, SocketError> {
     }
 }
 
+/// Looks as [`look`] does, for a socket whose file is known, if it is.
+fn look_for(path: &Path, file: Option<Identity>) -> Result<Found, SocketError> {
+    let found = look(path)?;
+    let is_foreign = found == Found::Socket
+        && file.is_some_and(|file| Identity::of_socket(path).is_some_and(|found| found != file));
+    Ok(match is_foreign {
+        true => Found::Other(FOREIGN),
+        false => found,
+    })
+}
+
 /// Names the process that listens at a path, and is no broker or a broker without its lock.
 fn in_use(path: PathBuf) -> SocketError {
     let pid = listener_at(&path);
@@ -838,6 +937,21 @@ mod tests {
         let mut options = OpenOptions::new();
         options.create(true).append(true);
         options.open(lock_path(path)).unwrap()
+    }
+
+    #[test]
+    fn note_holds_path_and_file() {
+        let lock = tempfile::tempfile().unwrap();
+        let control = Path::new("/run/a\n1 2.sock");
+        for file in [Some(Identity(2049, u64::MAX)), None] {
+            let written = Note {
+                control: control.to_owned(),
+                file,
+            };
+            written.write(&lock);
+            let note = Note::read(&lock);
+            assert_eq!((note.control.as_path(), note.file), (control, file));
+        }
     }
 
     /// `serve --check` looks at the lock in the instant in which a broker starts.

@@ -4,10 +4,16 @@
 //! to retire once the successor is ready to serve.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::persistence::Inheritance;
 use barlink::control::client::{Control, ControlError};
 use barlink::control::message::{Answer, Ask};
+
+/// Questions to the broker at a socket, and the pause between them, after one there has closed the
+/// connection. Its successor can be replaced as well before it answers.
+const QUESTIONS: usize = 10;
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// A running broker that hands over.
 pub struct Predecessor {
@@ -25,7 +31,8 @@ impl Predecessor {
         })?;
         let mut inheritance = Inheritance::new();
         loop {
-            let (answer, descriptors) = control.ask(Ask::HandOver)?;
+            let asked = control.ask(Ask::HandOver);
+            let (answer, descriptors) = asked.map_err(explain)?;
             match answer {
                 Answer::Inheritance { names, last } if names.len() == descriptors.len() => {
                     inheritance.extend(names.into_iter().zip(descriptors));
@@ -48,4 +55,28 @@ impl Predecessor {
             _ => Err(self.control.not_a_broker("it does not retire")),
         }
     }
+}
+
+/// Returns the cause of an error of the request to hand over. A broker that was replaced closes the
+/// connections that it has not served, as if it rejected them. But a broker that rejects this
+/// process answers it no question.
+fn explain(error: ControlError) -> ControlError {
+    let ControlError::Rejected { path } = error else {
+        return error;
+    };
+    for question in 0..QUESTIONS {
+        if question > 0 {
+            std::thread::sleep(PAUSE);
+        }
+        let asked = Control::connect(&path).and_then(|control| control.ask(Ask::Status));
+        match asked {
+            Ok((Answer::Status(status), _)) => {
+                let process = status.broker;
+                return ControlError::Replaced { path, process };
+            }
+            Ok(_) => break,
+            Err(_) => (),
+        }
+    }
+    ControlError::Rejected { path }
 }
