@@ -15,7 +15,8 @@ use crate::memory::Mapping;
 
 /// The cache mode to request for a mapping. All live mappings of a region have the same mode. A
 /// mapping for writing determines it; a mapping for reading gets the mode that it requested while
-/// there is none for writing, and otherwise follows.
+/// there is none for writing, and otherwise follows. Without the driver the kernel gives a mapping
+/// for writing the mode of a mapping for reading that is there already.
 ///
 /// ```no_run
 /// use barlink::guest::{Cache, OpenOptions};

@@ -55,7 +55,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         .cache(cli.cache.unwrap_or_default().0)
         .access(access)
         .open(path)?;
-    if !device.has_driver() && path != device.path() {
+    let is_named = path.to_string_lossy().starts_with("sysfs:");
+    if !device.has_driver() && !is_named {
         tell(&format!(
             "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
              keep out others)",

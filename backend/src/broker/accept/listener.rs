@@ -29,8 +29,8 @@ use barlink::control::packet::{FOLDER, kind_of_file};
 
 /// Longest path of a Unix socket, in bytes (`unix(7)`).
 const MAX_PATH: usize = 107;
-/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`), and
-/// the numbers behind it.
+/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`),
+/// and the numbers behind it.
 const MAX_NOTE: u64 = 4096 + 64;
 /// Another program's socket, as messages name it.
 const FOREIGN: &str = "a socket of another program";
