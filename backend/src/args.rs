@@ -28,7 +28,8 @@ Exit codes:
   1    failure: the last line says what failed and what to do
   2    invalid command line
   3    no broker, or one that has ended, is of another release, or rejected this process
-  4    another process holds the end of the channel, or the broker is busy: try again
+  4    another process holds the end of the channel or has replaced the broker first, or the
+       broker is busy: try again
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
        the beginning is missing (--partial); `send` had to drop the end, or its file became shorter

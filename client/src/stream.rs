@@ -105,8 +105,8 @@ const RECORD_SIZE: usize = 1 << 20;
 /// counts as 1, and a size above [`Sender::max_record`] as that. `watch` sees the progress;
 /// `&mut ()` ignores it. Sets [`Strategy::STREAM`], which remains set afterwards.
 ///
-/// A regular file is sent up to the size that it has at the start, and `watch` is told if it has
-/// become longer by then ([`Watch::source_has_grown`]).
+/// A regular file is sent up to the size that it has when it is first read, and `watch` is told if
+/// it has become longer by then ([`Watch::source_has_grown`]).
 ///
 /// ```no_run
 /// use std::fs::File;

@@ -32,8 +32,8 @@ const FIRST_CANDIDATE: u32 = 90;
 /// Last minor version of a major one: 10.0 comes after 9.2.
 const LAST_MINOR: u32 = 2;
 
-/// Transport, oldest release of QEMU (major and minor) that has a device for it, and a remark about
-/// the releases that barlink was tested with.
+/// Transport, oldest release of QEMU (major and minor) that barlink supports over it, and a remark
+/// about the releases that barlink was tested with.
 const NEEDS: [(&str, (u32, u32), &str); 3] = [
     (Ivshmem::NAME, (7, 2), "tested with 7.2, 10.0 and 11.1"),
     (

@@ -162,10 +162,26 @@ fn auto_chooses_noncached_if_fast_enough() -> Result<()> {
         "{errors}"
     );
     send.require_success()?;
-    // Several processes that try modes at once all succeed, in any order.
-    let many = "pids=; for i in $(seq 12); do barlink-guest --cache auto info >/dev/null & pids=\"$pids $!\"; done; \
-        for pid in $pids; do wait $pid || exit 1; done";
-    vm.run(["sh", "-c", many])?.require_success()
+    // Several processes that try modes at once all succeed, in any order, also beside others that
+    // ask for a mode by its name: a measurement determines no mode. On a busy host noncached memory
+    // can seem slow, so that a program maps another mode, and so there are two tries.
+    let many = |command: &str| {
+        format!(
+            "pids=; for i in $(seq 6); do {command} & pids=\"$pids $!\"; \
+            barlink-guest --cache noncached poke x & pids=\"$pids $!\"; done; \
+            for pid in $pids; do wait $pid || exit 1; done"
+        )
+    };
+    let pokes = || vm.run(["sh", "-c", &many("barlink-guest poke x")]);
+    if pokes()?.require_success().is_err() {
+        pokes()?.require_success()?;
+    }
+    vm.run([
+        "sh",
+        "-c",
+        &many("barlink-guest --cache auto info >/dev/null"),
+    ])?
+    .require_success()
 }
 
 #[test]

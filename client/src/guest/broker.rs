@@ -168,7 +168,12 @@ impl Asker {
                 return Ok(false);
             }
             match course.step(start.elapsed()) {
-                Step::Ask => question = Some(self.ask()?),
+                Step::Ask => match self.ask() {
+                    Ok(number) => question = Some(number),
+                    // Another program changes the page just now. The question is repeated.
+                    Err(Errno::BUSY) => (),
+                    Err(error) => return Err(error),
+                },
                 Step::Wait(longest) => {
                     self.interface.wait_until_gone(Some(pause.min(longest)))?;
                     pause = (pause * 2).min(LONGEST_LOOK);

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use barlink_protocol::wire::layout::Layout;
 use barlink_protocol::wire::uapi::{self, Info};
-use rustix::fs::OFlags;
+use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use crate::guest::buffer::Buffer;
@@ -171,13 +171,26 @@ fn map(
     }
 }
 
-/// Chooses a cache mode by a measurement.
+/// Longest time to wait for the measurements of other programs.
+const MEASURING: Duration = Duration::from_millis(200);
+
+/// Chooses a cache mode by a measurement. Its mappings are those of files that are open for reading
+/// only, so that they determine no mode of a program that writes.
 pub(crate) fn choose(path: &Path, access: Access) -> Result<Choice, DeviceError> {
     let open = || {
-        let file = open(path, access)?;
+        let file = open(path, Access::ReadOnly)?;
         let info = info(&file, path)?;
         Ok((file, info))
     };
+    // One program measures at a time, because all mappings for reading have the mode of the first
+    // one. Another program can keep the lock, so this waits for a limited time.
+    let (turn, _) = open()?;
+    for _ in 0..MEASURING.as_millis() {
+        match rustix::fs::flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(1)),
+            _ => break,
+        }
+    }
     // Mappings for reading determine the mode of such mappings alone, and name no process.
     let is_determined = |info: &Info| match access {
         Access::ReadOnly => info.asked != 0,

@@ -125,7 +125,8 @@ pub fn read_all(file: impl AsFd, limit: u64) -> Result<Vec<u8>, std::io::Error> 
                 return match tells && is_cut {
                     false => Ok(bytes),
                     true => Err(std::io::Error::other(
-                        "it became shorter meanwhile: try again when no program writes to it",
+                        "it became shorter meanwhile, or its file system told a wrong size: try again when no program writes \
+                         to it, or give it through a pipe (`cat FILE | ...`)",
                     )),
                 };
             }

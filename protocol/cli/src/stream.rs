@@ -28,7 +28,7 @@ const RECORD_SIZE: u64 = 1 << 20;
 #[derive(Debug, Args)]
 #[group(skip)]
 pub struct Send {
-    /// File to send, up to the size that it has at the start [default: standard input]
+    /// File to send, up to the size that it has when it is first read [default: standard input]
     pub file: Option<PathBuf>,
     /// Maximum size of a record: bytes, or a number with the unit K, M or G (powers of 1024). At
     /// most half of the channel's size, or a quarter if it overwrites, less 24 bytes [default: 1M,

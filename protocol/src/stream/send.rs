@@ -32,11 +32,11 @@ const MARK_TIMEOUT: Duration = Duration::from_secs(1);
 /// none, it counts the end as dropped, and the result is [`StreamError::EndDropped`]. If no record
 /// of the stream found room, it is [`StreamError::BeginDropped`].
 ///
-/// A regular file is sent up to the size that it has at the start. If it has become longer by then,
-/// `watch` is told ([`Watch::source_has_grown`]). If it becomes shorter, the stream gets no end,
-/// and the result is [`StreamError::Shrunk`], also if its file system told a size that was too
-/// large. Files of size 0, and files whose size does not tell how many bytes they have, as in /proc
-/// and /sys, are sent to their end.
+/// A regular file is sent up to the size that it has when it is first read. If it has become longer
+/// by then, `watch` is told ([`Watch::source_has_grown`]). If it becomes shorter, the stream gets
+/// no end, and the result is [`StreamError::Shrunk`], also if its file system told a size that was
+/// too large. Files that keep the size 0, and files whose size does not tell how many bytes they
+/// have, as in /proc and /sys, are sent to their end.
 ///
 /// A folder, a descriptor that is not open for reading, and a socket that passes messages are no
 /// sources: the result is [`StreamError::Read`].

@@ -83,11 +83,16 @@ impl Extent {
     /// Counts the bytes of a read.
     fn advance(&mut self, fd: c_int, length: u64) {
         if !core::mem::replace(&mut self.was_read, true)
-            && self.left > 0
             && let Some(size) = region::file_size(fd)
         {
-            self.left += size.saturating_sub(self.size);
-            self.size = self.size.max(size);
+            if self.size == 0 && length > 0 {
+                let position = region::seek(fd, 0).unwrap_or(length);
+                self.left = size.saturating_sub(position.saturating_sub(length));
+                self.size = size;
+            } else if self.left > 0 {
+                self.left += size.saturating_sub(self.size);
+                self.size = self.size.max(size);
+            }
         }
         self.left = self.left.saturating_sub(length);
         self.ends_early &= length == 0;
@@ -308,6 +313,26 @@ mod tests {
             assert_eq!(read_all(&mut source), Ok(5000), "{early}");
             assert!(!source.has_grown());
         }
+    }
+
+    /// As a log that is empty at first, and grows while it is sent.
+    #[test]
+    fn empty_file_is_sent_to_its_first_size() {
+        let file = file(0);
+        let mut source = Source::new(file.as_raw_fd(), 700).unwrap();
+        file.set_len(100).unwrap();
+        let mut read = 0;
+        loop {
+            match source.read(&mut [0; 700]).unwrap() as u64 {
+                0 if source.ends().unwrap() => break,
+                length => read += length,
+            }
+            assert!(read < 10_000, "the file is sent without end");
+            // A receiver appends what it received.
+            file.set_len(100 + read).unwrap();
+        }
+        assert_eq!(read, 100);
+        assert!(source.has_grown());
     }
 
     #[test]

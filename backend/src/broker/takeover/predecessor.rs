@@ -12,7 +12,7 @@ use barlink::control::message::{Answer, Ask};
 
 /// Questions to the broker at a socket, and the pause between them, after one there has closed the
 /// connection. Its successor can be replaced as well before it answers.
-const QUESTIONS: usize = 10;
+const QUESTIONS: usize = 20;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// A running broker that hands over.
@@ -74,8 +74,13 @@ fn explain(error: ControlError) -> ControlError {
                 let process = status.broker;
                 return ControlError::Replaced { path, process };
             }
-            Ok(_) => break,
-            Err(_) => (),
+            // The successor is replaced in its turn, or does not listen yet.
+            Err(
+                ControlError::Rejected { .. }
+                | ControlError::Ended { .. }
+                | ControlError::NoBroker { .. },
+            ) => (),
+            Ok(_) | Err(_) => break,
         }
     }
     ControlError::Rejected { path }

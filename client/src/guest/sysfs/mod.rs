@@ -408,9 +408,10 @@ impl Session {
         if self.epoch == 0 || self.process.check().is_err() {
             return Err(Errno::BADF);
         }
+        // An end asks within a sleep, so this does not wait for the lock of another program.
         let _state = self.state();
-        let _lock =
-            Lock::take(&self.region, self.page_offset, self.address).map_err(|_| Errno::BUSY)?;
+        let lock = Lock::attempt(&self.region, self.page_offset, Kind::Exclusive)?;
+        let _lock = lock.ok_or(Errno::BUSY)?;
         if self.is_gone_or_lost()? {
             return Err(Errno::NODEV);
         }
