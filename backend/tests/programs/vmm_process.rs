@@ -277,7 +277,8 @@ fn client_without_descriptor_keeps_no_slot() {
     let deaf = deaf(&broker);
     wait_until("the slot is free", || {
         let next = connect(&broker, "vm.sock");
-        // A refusal is another version, and no message follows it. The third message has the region.
+        // A refusal is another version, and no message follows it. The third message has the
+        // region.
         matches!(message(&next), Some((0, None))) && (0..2).all(|_| message(&next).is_some())
     });
     deaf.signal(0);

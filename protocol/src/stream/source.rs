@@ -317,7 +317,7 @@ mod tests {
 
     /// As a log that is empty at first, and grows while it is sent.
     #[test]
-    fn empty_file_is_sent_to_its_first_size() {
+    fn empty_file_ends_at_first_size() {
         let file = file(0);
         let mut source = Source::new(file.as_raw_fd(), 700).unwrap();
         file.set_len(100).unwrap();
