@@ -7,213 +7,32 @@ use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use log::warn;
 use parking_lot::Mutex;
-use rustix::fs::{Access, FlockOperation, Mode};
+use rustix::fs::{Access, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::umask;
 
 use super::hidden::{hiding_setting, is_service};
+use super::lock::{END_TIME, Identity, Lock, Note, is_locked, is_same, lock_path};
+use super::socket_error::{MAX_PATH, SocketError, failed, in_use};
 use super::unreachable::listener_at;
 use crate::broker::policy::Policy;
 use crate::socket::descriptors;
-use barlink::control::packet::{FOLDER, kind_of_file};
+use barlink::control::packet::kind_of_file;
 
-/// Longest path of a Unix socket, in bytes (`unix(7)`).
-const MAX_PATH: usize = 107;
-/// Most bytes that are read from a lock file: the longest path (`PATH_MAX` in `linux/limits.h`),
-/// and the numbers behind it.
-const MAX_NOTE: u64 = 4096 + 64;
 /// Another program's socket, as messages name it.
 const FOREIGN: &str = "a socket of another program";
-/// Longest time between the removal of a broker's files and the broker's end.
-const END_TIME: Duration = Duration::from_secs(2);
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
-
-/// Reason why the broker cannot listen at a socket.
-#[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    /// The path does not fit into a socket address.
-    #[error(
-        "socket path {path} has {length} bytes, and a Unix socket takes {MAX_PATH}: choose a shorter one"
-    )]
-    TooLong {
-        /// The path.
-        path: PathBuf,
-        /// Length of the path in bytes.
-        length: usize,
-    },
-    /// The folder of the socket does not exist.
-    #[error("no folder for socket {path}: create {folder}")]
-    NoFolder {
-        /// The path.
-        path: PathBuf,
-        /// The folder.
-        folder: PathBuf,
-    },
-    /// The broker may not write to its folder.
-    #[error("no permission to make socket {path}: choose a folder that you can write to")]
-    Permission {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Other processes cannot see its folder.
-    #[error(
-        "socket {path} would be hidden from VMs by {setting} of this service: choose a path below /run/barlink"
-    )]
-    Hidden {
-        /// The path.
-        path: PathBuf,
-        /// The setting of the service.
-        setting: &'static str,
-    },
-    /// A parent of its folder is a file of another kind.
-    #[error("no folder for socket {path}: {file} is {what}; choose another path")]
-    NoParent {
-        /// The path.
-        path: PathBuf,
-        /// The file.
-        file: PathBuf,
-        /// The kind of file.
-        what: &'static str,
-    },
-    /// A process listens there, and the file of its socket was removed.
-    #[error(
-        "process {pid} listens at socket {path}, whose file was removed{}: its VMs still use its region, so end them and \
-         it before you start another broker there",
-        perhaps_replaced(*by)
-    )]
-    Unreachable {
-        /// The path.
-        path: PathBuf,
-        /// The process.
-        pid: i32,
-        /// The kind of file that has the path now.
-        by: Option<&'static str>,
-    },
-    /// A broker holds the lock, and the file of its socket was removed. The broker has another user
-    /// or another mount namespace, so its process is not known.
-    #[error(
-        "a broker has locked {lock}, and the file of its socket {path} was removed{}: its VMs still use its region, so \
-         end them and it before you start another broker there (`fuser {lock}` shows its process); a service is \
-         restarted instead",
-        replaced(*by)
-    )]
-    Locked {
-        /// The path.
-        path: PathBuf,
-        /// The lock.
-        lock: PathBuf,
-        /// The kind of file that has the path now.
-        by: Option<&'static str>,
-    },
-    /// The service's broker runs, and its socket has no file.
-    #[error(
-        "the file of socket {path} of the running service was removed{}: {}restart the service (`systemctl restart`), \
-         which makes it again and keeps the region",
-        replaced(*by),
-        if by.is_some() { "remove that one, and " } else { "" }
-    )]
-    Removed {
-        /// The path.
-        path: PathBuf,
-        /// The kind of file that has the path now.
-        by: Option<&'static str>,
-    },
-    /// A file that is not a socket has that name.
-    #[error(
-        "{path} is {what}, which is not a socket: choose {}",
-        if *what == FOLDER { "a path in it" } else { "another path, or remove it" }
-    )]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-        /// The kind of file.
-        what: &'static str,
-    },
-    /// A broker with the same control socket listens there.
-    #[error(
-        "socket {path} is in use by another broker: take its place with --replace, or give this one a --name and sockets \
-         of its own"
-    )]
-    Served {
-        /// The path.
-        path: PathBuf,
-    },
-    /// A broker with another control socket listens there.
-    #[error(
-        "socket {path} is in use by the broker at {control}: choose another path, or take that broker's place with \
-         --replace --control {control} (and no --name) and its other arguments"
-    )]
-    ServedByAnother {
-        /// The path.
-        path: PathBuf,
-        /// The control socket of that broker.
-        control: PathBuf,
-    },
-    /// The lock belongs to a broker of another user, which may have ended.
-    #[error(
-        "{lock} belongs to another user's broker: choose another path, or have that user stop it and remove the file"
-    )]
-    OfAnotherUser {
-        /// The lock.
-        lock: PathBuf,
-    },
-    /// The lock's name is taken by a file that no broker of this user made.
-    #[error(
-        "{lock} is {what}, not the lock file of a broker: choose a socket in a folder that only you can write to, or remove it"
-    )]
-    NotALock {
-        /// The lock.
-        lock: PathBuf,
-        /// The kind of file.
-        what: &'static str,
-    },
-    /// Another program listens there.
-    #[error(
-        "socket {path} is in use by {}: stop it, or choose another path",
-        pid.map_or("a process that listens there".to_owned(), |pid| format!("process {pid}, which listens there"))
-    )]
-    InUse {
-        /// The path.
-        path: PathBuf,
-        /// The process, if it is known.
-        pid: Option<i32>,
-    },
-    /// Two sockets have one path.
-    #[error(
-        "socket {path} is named twice: each VM, and the control socket, needs a path of its own"
-    )]
-    Twice {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The predecessor's socket has another path.
-    #[error("the running broker's socket is {theirs} and not {path}: give it the same sockets")]
-    Elsewhere {
-        /// The path.
-        path: PathBuf,
-        /// The path of the predecessor's socket.
-        theirs: PathBuf,
-    },
-    /// A system call failed.
-    #[error("cannot listen at socket {path}")]
-    Other {
-        /// The path.
-        path: PathBuf,
-        /// The error of the system call.
-        source: io::Error,
-    },
-}
 
 /// A listening socket. Its file is removed if it is dropped before the broker serves; later the
 /// broker has no right to do so.
@@ -225,76 +44,6 @@ pub struct Listener {
     file: Option<Identity>,
     lock: Lock,
     keeps_file: AtomicBool,
-}
-
-/// The file `PATH.lock`. While it is locked, a broker listens at this path, which another broker
-/// can see without a connection. It is removed when this is dropped, unless it is kept: a
-/// predecessor's belongs to the predecessor until this broker serves.
-#[derive(Debug)]
-struct Lock {
-    path: PathBuf,
-    file: Arc<File>,
-    kept: AtomicBool,
-}
-
-/// The device and the inode of a file. Those of a socket's file are used again only after the end
-/// of the socket, which keeps the inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity(u64, u64);
-
-impl Identity {
-    fn of(metadata: &Metadata) -> Self {
-        Identity(metadata.dev(), metadata.ino())
-    }
-
-    /// Returns that of the socket at a path; `None` for another file, or none.
-    fn of_socket(path: &Path) -> Option<Self> {
-        let found = path.symlink_metadata().ok()?;
-        found.file_type().is_socket().then(|| Self::of(&found))
-    }
-}
-
-/// The content of a lock file: the control socket of the broker that has the lock, and the file of
-/// the locked socket, for a successor. The form is the path, a zero byte, and the device and inode
-/// as decimal numbers.
-#[derive(Default)]
-struct Note {
-    control: PathBuf,
-    file: Option<Identity>,
-}
-
-impl Note {
-    fn read(lock: &File) -> Self {
-        let mut bytes = Vec::new();
-        // A lock that cannot be read notes nothing. The position of its descriptor is shared with a
-        // predecessor.
-        let mut buffer = [0; 512];
-        while bytes.len() as u64 <= MAX_NOTE
-            && let Ok(count @ 1..) = lock.read_at(&mut buffer, bytes.len() as u64)
-        {
-            bytes.extend_from_slice(&buffer[..count]);
-        }
-        let (control, file) = match bytes.iter().position(|byte| *byte == 0) {
-            None => (&bytes[..], &[][..]),
-            Some(end) => (&bytes[..end], &bytes[end + 1..]),
-        };
-        let file = std::str::from_utf8(file).ok();
-        let file = file.and_then(|file| file.split_once(' '));
-        let file = file
-            .and_then(|(device, inode)| Some(Identity(device.parse().ok()?, inode.parse().ok()?)));
-        let control = PathBuf::from(OsString::from_vec(control.to_owned()));
-        Note { control, file }
-    }
-
-    fn write(&self, lock: &File) {
-        let mut bytes = self.control.as_os_str().as_bytes().to_owned();
-        if let Some(Identity(device, inode)) = self.file {
-            bytes.extend(format!("\0{device} {inode}").into_bytes());
-        }
-        // The broker serves even if the disk is full.
-        let _ = lock.set_len(0);
-        let _ = lock.write_all_at(&bytes, 0);
-    }
 }
 
 /// What has the path of a socket.
@@ -584,131 +333,6 @@ impl Drop for Listener {
     }
 }
 
-impl Lock {
-    /// Takes the lock, and writes into its file which broker has it, for the error of another
-    /// broker.
-    fn take(path: &Path, control: &Path) -> Result<Self, SocketError> {
-        let lock = lock_path(path);
-        loop {
-            let file = open_lock(&lock).map_err(|error| error.of(path, &lock))?;
-            match lock_alone(&file) {
-                Ok(()) => (),
-                Err(Errno::WOULDBLOCK) => return Err(served(path, control, &file)),
-                Err(error) => return Err(failed(path, error.into())),
-            }
-            // The last owner removes the file while it holds the lock, so this file may have no
-            // name any more.
-            let ours = file.metadata().map_err(|source| failed(path, source))?;
-            match std::fs::symlink_metadata(&lock) {
-                Ok(named) if is_same(&named, &ours) => {
-                    let control = control.to_owned();
-                    Note {
-                        control,
-                        file: None,
-                    }
-                    .write(&file);
-                    return Ok(Lock {
-                        path: lock,
-                        file: Arc::new(file),
-                        kept: AtomicBool::new(false),
-                    });
-                }
-                _ => continue,
-            }
-        }
-    }
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        if !self.kept.load(Ordering::Relaxed) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn is_same(one: &Metadata, other: &Metadata) -> bool {
-    Identity::of(one) == Identity::of(other)
-}
-
-/// Opens a lock file, or creates it. Other processes may be able to change the folder, so the file
-/// that is opened is the one that was examined: a regular file of this user with one name.
-fn open_lock(lock: &Path) -> Result<File, LockError> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true);
-    loop {
-        match options.clone().create_new(true).mode(0o600).open(lock) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
-            result => return result.map_err(LockError::System),
-        }
-        let mut examined = OpenOptions::new();
-        // An open with O_PATH has no effect on a device or a pipe.
-        examined
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_NOFOLLOW);
-        let examined = match examined.open(lock) {
-            // The owner of the lock file has just removed the file.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            result => result.map_err(LockError::System)?,
-        };
-        let metadata = examined.metadata().map_err(LockError::System)?;
-        let kind = metadata.file_type();
-        let what = match () {
-            () if kind.is_symlink() => "a symbolic link",
-            () if !kind.is_file() => "not a regular file",
-            () if metadata.nlink() > 1 => "a file with further names",
-            () if metadata.uid() != rustix::process::geteuid().as_raw() => {
-                return Err(LockError::OfAnotherUser);
-            }
-            () => {
-                let same = format!("/proc/self/fd/{}", examined.as_raw_fd());
-                return options.open(same).map_err(LockError::System);
-            }
-        };
-        return Err(LockError::NotALock(what));
-    }
-}
-
-/// Reason why a lock file cannot be opened.
-enum LockError {
-    NotALock(&'static str),
-    OfAnotherUser,
-    System(io::Error),
-}
-
-impl LockError {
-    fn of(self, path: &Path, lock: &Path) -> SocketError {
-        let lock = lock.to_owned();
-        match self {
-            LockError::NotALock(what) => SocketError::NotALock { lock, what },
-            LockError::OfAnotherUser => SocketError::OfAnotherUser { lock },
-            LockError::System(source) => failed(path, source),
-        }
-    }
-}
-
-/// Returns the error that names the owner of a socket, as written in its lock.
-fn served(path: &Path, control: &Path, lock: &File) -> SocketError {
-    let holder = Note::read(lock).control;
-    let path = path.to_owned();
-    if holder == control || (holder.as_os_str().is_empty() && path == control) {
-        return SocketError::Served { path };
-    }
-    match holder.as_os_str().is_empty() {
-        true => in_use(path),
-        false => SocketError::ServedByAnother {
-            path,
-            control: holder,
-        },
-    }
-}
-
-fn lock_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    PathBuf::from(name)
-}
-
 /// Returns the absolute path and the address of a socket, unless a broker cannot have a socket
 /// there. The path is absolute because QEMU and a successor use it, and may run in other folders.
 fn address_of(path: &Path) -> Result<(PathBuf, SocketAddrUnix), SocketError> {
@@ -760,52 +384,6 @@ fn check_reachable(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Says which file has the name of a socket whose own file was removed.
-fn replaced(by: Option<&str>) -> String {
-    by.map_or(String::new(), |what| {
-        format!(" and {what} has its name now")
-    })
-}
-
-/// Says as [`replaced`] does which file has the name, and otherwise what may have removed the file.
-fn perhaps_replaced(by: Option<&str>) -> String {
-    match by {
-        None => ", perhaps with a run folder at logout".to_owned(),
-        by => replaced(by),
-    }
-}
-
-/// Takes a lock if no broker has it. A process that looks whether a broker has it
-/// ([`is_locked`]) shares the lock for an instant, and does not count.
-fn lock_alone(file: &File) -> Result<(), Errno> {
-    let start = Instant::now();
-    loop {
-        let locked = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
-        if locked != Err(Errno::WOULDBLOCK) || start.elapsed() > END_TIME {
-            return locked;
-        }
-        // A broker does not share it.
-        rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)?;
-        rustix::fs::flock(file, FlockOperation::Unlock)?;
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Returns whether a process holds a lock. A file that cannot be examined is none, and an error of
-/// [`open_lock`].
-fn is_locked(lock: &Path) -> bool {
-    let mut options = OpenOptions::new();
-    // An open of a pipe must not wait.
-    options.read(true);
-    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    let Ok(file) = options.open(lock) else {
-        return false;
-    };
-    // The lock of this call ends with the file.
-    let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
-    locked == Err(Errno::WOULDBLOCK)
-}
-
 /// Looks at the file that has a path. Does not disturb a process that listens there.
 fn look(path: &Path) -> Result<Found, SocketError> {
     match std::fs::symlink_metadata(path) {
@@ -835,12 +413,6 @@ fn look_for(path: &Path, file: Option<Identity>) -> Result<Found, SocketError> {
         true => Found::Other(FOREIGN),
         false => found,
     })
-}
-
-/// Names the process that listens at a path, and is no broker or a broker without its lock.
-fn in_use(path: PathBuf) -> SocketError {
-    let pid = listener_at(&path);
-    SocketError::InUse { path, pid }
 }
 
 fn not_a_socket(path: &Path, what: &'static str) -> SocketError {
@@ -890,93 +462,10 @@ fn clear(path: &Path, address: &SocketAddrUnix, kind: SocketType) -> Result<(), 
     }
 }
 
-fn failed(path: &Path, source: io::Error) -> SocketError {
-    let path = path.to_owned();
-    match source.kind() {
-        io::ErrorKind::NotFound => match path.parent().unwrap_or(Path::new("/")) {
-            folder if folder.exists() => SocketError::Other { path, source },
-            folder => {
-                let folder = folder.to_owned();
-                SocketError::NoFolder { path, folder }
-            }
-        },
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            SocketError::Permission { path }
-        }
-        io::ErrorKind::NotADirectory => {
-            let parents = path.ancestors().skip(1);
-            let files = parents.filter_map(|file| Some((file, file.metadata().ok()?)));
-            let found = files.map(|(file, found)| (file.to_owned(), found.file_type()));
-            match found.into_iter().next() {
-                Some((file, kind)) if !kind.is_dir() => {
-                    let what = kind_of_file(kind);
-                    SocketError::NoParent { path, file, what }
-                }
-                _ => SocketError::Other { path, source },
-            }
-        }
-        io::ErrorKind::AddrInUse => in_use(path),
-        _ => SocketError::Other { path, source },
-    }
-}
-
 /// Returns the mode of a socket's file: the control socket's is for packets, those of VMs are not.
 fn mode(policy: &Policy, kind: SocketType) -> u32 {
     match kind {
         SocketType::SEQPACKET => policy.control_mode(),
         _ => policy.vm_mode(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Opens the file of a lock as another process does.
-    fn open(path: &Path) -> File {
-        let mut options = OpenOptions::new();
-        options.create(true).append(true);
-        options.open(lock_path(path)).unwrap()
-    }
-
-    #[test]
-    fn note_holds_path_and_file() {
-        let lock = tempfile::tempfile().unwrap();
-        let control = Path::new("/run/a\n1 2.sock");
-        for file in [Some(Identity(2049, u64::MAX)), None] {
-            let written = Note {
-                control: control.to_owned(),
-                file,
-            };
-            written.write(&lock);
-            let note = Note::read(&lock);
-            assert_eq!((note.control.as_path(), note.file), (control, file));
-        }
-    }
-
-    /// `serve --check` looks at the lock in the instant in which a broker starts.
-    #[test]
-    fn look_at_lock_prevents_no_start() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("vm.sock");
-        let look = open(&path);
-        rustix::fs::flock(&look, FlockOperation::LockShared).unwrap();
-        let looking = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(50));
-            drop(look);
-        });
-        let lock = Lock::take(&path, &path).unwrap();
-        looking.join().unwrap();
-        assert!(is_locked(&lock.path));
-        // A broker is no look, and is reported at once.
-        let start = Instant::now();
-        let taken = Lock::take(&path, &path);
-        assert!(
-            matches!(taken, Err(SocketError::Served { .. })),
-            "{taken:?}"
-        );
-        assert!(start.elapsed() < END_TIME);
-        drop(lock);
-        assert!(!lock_path(&path).exists());
     }
 }

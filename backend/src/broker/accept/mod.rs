@@ -5,10 +5,13 @@
 mod acceptor;
 mod hidden;
 mod listener;
+mod lock;
 mod rejected;
+mod socket_error;
 mod unreachable;
 
 pub(super) use self::acceptor::Acceptor;
 pub(super) use self::hidden::is_control_process;
+pub use self::listener::Listener;
 pub(super) use self::listener::resolve;
-pub use self::listener::{Listener, SocketError};
+pub use self::socket_error::SocketError;
