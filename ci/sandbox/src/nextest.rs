@@ -167,6 +167,8 @@ impl Nextest {
     ) -> Result<Report> {
         let mut command = self.nextest("run");
         command.current_dir(&copy.root);
+        // A failure of proptest would be kept in the copy, and found by every later run.
+        command.env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "1");
         command.args(["--profile", profile, "--package", package]);
         command.args(binaries.iter().map(|binary| format!("--test={binary}")));
         command.args(["--failure-output=never", "--filterset", filter]);
