@@ -132,7 +132,9 @@ mod tests {
     use std::process::{Command, Stdio};
     use std::sync::Arc;
 
-    use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+    use rustix::process::{
+        Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid,
+    };
 
     use super::*;
 
@@ -144,6 +146,7 @@ mod tests {
         let vmm = Vmm::new(pid.as_raw_nonzero().get(), Some(Arc::new(process)));
         assert_eq!(vmm.lives(), Some(true));
         kill_process(pid, Signal::STOP).unwrap();
+        waitid(WaitId::Pid(pid), WaitIdOptions::STOPPED).unwrap();
         assert_eq!(vmm.lives(), Some(true), "a stopped process lives");
         child.kill().unwrap();
         child.wait().unwrap();

@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::io::retry_on_intr;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_open, waitid,
+};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 /// Limit of every wait. No step takes as long, even on a busy machine.
@@ -92,7 +95,17 @@ impl Start for Command {
 }
 
 pub fn signal_child(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).unwrap();
+    signal_process(Pid::from_child(child), signal);
+}
+
+/// Sends a child a signal. After SIGSTOP also waits until each thread of the child stands still,
+/// which is a moment later.
+pub fn signal_process(child: Pid, signal: Signal) {
+    kill_process(child, signal).unwrap();
+    if signal == Signal::STOP {
+        let end = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        retry_on_intr(|| waitid(WaitId::Pid(child), end)).unwrap();
+    }
 }
 
 fn ends_within(child: &mut Child, limit: Duration) -> Option<ExitStatus> {

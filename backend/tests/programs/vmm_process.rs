@@ -20,7 +20,7 @@ use barlink::host::Attachment;
 use barlink::{ErrorKind, Kind};
 use barlink_protocol::wire::layout::{End, presence};
 use barlink_service::ServiceManager;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, test_kill_process};
 
 use crate::support::*;
 use crate::vmm::{connect, handshake, message, rings};
@@ -86,16 +86,14 @@ impl Vmm {
         });
     }
 
-    fn signal(&self, signal: libc::c_int) {
-        // SAFETY: it is a child of this process that was not reaped, so the number is not reused.
-        let sent = unsafe { libc::kill(self.pid, signal) };
-        assert_eq!(sent, 0);
+    fn signal(&self, signal: Signal) {
+        signal_process(Pid::from_raw(self.pid).unwrap(), signal);
     }
 }
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        self.signal(libc::SIGKILL);
+        self.signal(Signal::KILL);
         // SAFETY: no status is asked for.
         let reaped = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
         assert_eq!(reaped, self.pid);
@@ -121,7 +119,7 @@ fn stopped_vmm_keeps_its_ends() {
     let mut vmm = Vmm::start(&broker);
     hold_up(&attachment, 1);
     vmm.disconnect(&broker);
-    vmm.signal(libc::SIGSTOP);
+    vmm.signal(Signal::STOP);
     let process = format!("process {} (", vmm.pid);
     let told = [&process, "slot 0's VM held an end", "kill", "--force"];
     fails(&mut broker.app(&["reset-channel", "up"]), 4, &told);
@@ -143,7 +141,7 @@ fn restarted_service_knows_stopped_vmm() {
     let mut vmm = Vmm::start(&broker);
     hold_up(&attachment, 1);
     vmm.disconnect(&broker);
-    vmm.signal(libc::SIGSTOP);
+    vmm.signal(Signal::STOP);
     broker.start_again(&manager, &[]);
     let process = format!("process {} (", vmm.pid);
     fails(&mut broker.app(&["reset-channel", "up"]), 4, &[&process]);
@@ -228,7 +226,7 @@ fn forced_reset_names_stopped_vmm() {
     let mut vmm = Vmm::start(&broker);
     hold_up(&attachment, 1);
     vmm.disconnect(&broker);
-    vmm.signal(libc::SIGSTOP);
+    vmm.signal(Signal::STOP);
     let said = works(&mut broker.app(&["reset-channel", "up", "--force"]));
     let broken = format!(
         "broke the producer, slot 0's VM, process {} on the host",
@@ -281,7 +279,7 @@ fn client_without_descriptor_keeps_no_slot() {
         // region.
         matches!(message(&next), Some((0, None))) && (0..2).all(|_| message(&next).is_some())
     });
-    deaf.signal(0);
+    test_kill_process(Pid::from_raw(deaf.pid).unwrap()).unwrap();
     // The slot is this process's now, for a successor as well.
     succeed(&mut broker, &[]);
     let other = Vmm::connect(&broker, false);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use barlink_bench_load::{CAPACITY, RAW_SIZE};
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use rustix::system::uname;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ use super::host;
 use super::peer::Peers;
 use barlink_sandbox::builds::{Artifacts, BENCH_LOAD, ICEORYX2_LOAD};
 use barlink_sandbox::tools::Accel;
-use barlink_vm::broker::{Broker, Transport};
+use barlink_vm::broker::{Broker, Transport, signal_child};
 use barlink_vm::{Config, FIRST_FILE, Process, Vm, accelerator};
 
 /// Time limit of a process, whose measurement takes less than a second, and the time between two
@@ -316,7 +316,7 @@ impl Load {
     /// Stops a process on the host.
     pub fn stop(&self) -> Result<()> {
         if let Load::Host(child) = self {
-            kill_process(Pid::from_child(child), Signal::STOP)?;
+            signal_child(child, Signal::STOP)?;
         }
         Ok(())
     }

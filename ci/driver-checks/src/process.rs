@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{
-    Pid, Signal, WaitOptions, kill_process, set_parent_process_death_signal, waitpid,
+    Pid, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, set_parent_process_death_signal,
+    waitid, waitpid,
 };
 
 use crate::binding::eventually;
@@ -141,9 +142,15 @@ impl Child {
         Ok((&self.line).write_all(&[0; 8])?)
     }
 
-    /// Sends the child a signal.
+    /// Sends the child a signal. After SIGSTOP also waits until the child stands still, which is a
+    /// moment later.
     pub(crate) fn kill(&self, signal: Signal) -> Result<()> {
-        Ok(kill_process(self.pid, signal)?)
+        kill_process(self.pid, signal)?;
+        if signal == Signal::STOP {
+            let end = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            waitid(WaitId::Pid(self.pid), end)?;
+        }
+        Ok(())
     }
 
     /// Waits until the child ends.

@@ -325,16 +325,6 @@ const STOP: Duration = Duration::from_secs(7);
 /// Rings while the broker is stopped with SIGSTOP for [`STOP`].
 fn ring_stopped_broker(setting: &Setting, machine: &mut Bare, device: &PciDevice) -> Result<()> {
     setting.broker.signal(Signal::STOP)?;
-    // Its threads stop one after the other, a moment after the signal.
-    let tasks = format!("/proc/{}/task", setting.broker.process());
-    wait_until("the broker stands still", || {
-        let mut all = true;
-        for task in fs::read_dir(&tasks)? {
-            let status = fs::read_to_string(task?.path().join("status"))?;
-            all &= status.contains("State:\tT");
-        }
-        Ok(all)
-    })?;
     thread::scope(|scope| {
         let ringing = scope.spawn(|| machine.write(doorbell(device), RING));
         thread::sleep(STOP);

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use barlink_service::ServiceManager;
 use clap::ValueEnum;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::io::retry_on_intr;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -296,10 +297,22 @@ impl Broker {
         Ok(printed.split_whitespace().map(str::to_owned).collect())
     }
 
-    /// Sends the broker a signal.
+    /// Sends the broker a signal, as [`signal_child`] does.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+        signal_child(&self.child, signal)
     }
+}
+
+/// Sends a child a signal. After SIGSTOP also waits until each thread of the child stands still,
+/// which is a moment later. An error if the child has been waited for.
+pub fn signal_child(child: &Child, signal: Signal) -> Result<()> {
+    let pid = Pid::from_child(child);
+    kill_process(pid, signal)?;
+    if signal == Signal::STOP {
+        let end = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        retry_on_intr(|| waitid(WaitId::Pid(pid), end))?;
+    }
+    Ok(())
 }
 
 /// Makes a command for a host program that starts with the default action of every signal. A test
