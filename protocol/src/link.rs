@@ -162,6 +162,9 @@ pub const LONGEST_FALLBACK_POLL: Duration = Duration::from_secs(1);
 /// moves, except between two ends on the host, where 10 GB/s and more move.
 const FIRST_BACK_OFF: Duration = Duration::from_micros(100);
 const LONGEST_BACK_OFF: Duration = Duration::from_micros(800);
+/// Number of successive waits longer than all back-off sleeps after which an end takes none. One
+/// such wait is a pause within a fast stream, between the records of two frames for example.
+const SLOW: u32 = 2;
 /// Longest sleep with a wake threshold of half of the channel. After it, the end arms a wake-up for
 /// its record or room, because the other end may keep more than half while it waits for this end.
 const HALF: Duration = Duration::from_millis(2);
@@ -196,6 +199,8 @@ pub struct Link<M, E> {
     spin: Duration,
     /// Number of spins that found nothing since a spin last succeeded.
     fruitless: u32,
+    /// Number of successive waits that were longer than the strategy's back-off sleeps.
+    slow: u32,
 }
 
 impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
@@ -222,6 +227,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             strategy: Strategy::PROMPT,
             spin: Strategy::PROMPT.least_spin,
             fruitless: 0,
+            slow: 0,
         };
         link.peer = link.read_peer();
         link.ring().map_err(ChannelError::Events)?;
@@ -266,6 +272,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
     pub(crate) fn set_strategy(&mut self, strategy: Strategy) {
         self.strategy = strategy;
         self.spin = strategy.least_spin;
+        self.slow = 0;
     }
 
     /// Rings the other end if `notify` asks for it and the end can be rung. Returns whether it
@@ -380,16 +387,39 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
         if look(Threshold::Unchanged)? {
             return Ok(Wakeup::Ready);
         }
-        if deadline != Some(PAST)
-            && (self.spin(deadline, &mut look)? || self.back_off(deadline, &mut look)?)
-        {
-            return Ok(Wakeup::Ready);
-        }
         if deadline == Some(PAST) {
             // Takes pending rings from the descriptor of the events. A caller that waits for that
             // descriptor to be readable comes here with a deadline that is over.
             self.events.sleep(deadline).map_err(ChannelError::Events)?;
+            return self.wait_asleep(deadline, first, &mut look);
         }
+        let back_off = self.strategy.back_off;
+        let start = (!back_off.is_zero()).then(|| self.events.now());
+        let wakeup = match self.spin(deadline, &mut look)?
+            || self.slow < SLOW && self.back_off(deadline, &mut look)?
+        {
+            true => Wakeup::Ready,
+            false => self.wait_asleep(deadline, first, &mut look)?,
+        };
+        if let Some(start) = start {
+            let waited = self.events.now().saturating_sub(start);
+            match wakeup {
+                _ if waited >= back_off => self.slow = self.slow.saturating_add(1),
+                Wakeup::Ready => self.slow = 0,
+                // A short timeout tells nothing about the stream.
+                Wakeup::TimedOut | Wakeup::PeerChanged => (),
+            }
+        }
+        Ok(wakeup)
+    }
+
+    /// Waits as [`Link::wait`] does, without spins and back-off sleeps.
+    fn wait_asleep(
+        &mut self,
+        deadline: Option<Duration>,
+        first: Threshold,
+        look: &mut impl FnMut(Threshold) -> Result<bool, ChannelError<E::Error>>,
+    ) -> Result<Wakeup, ChannelError<E::Error>> {
         let can_wake = self.events.can_wake();
         // An end that nothing wakes polls, and begins anew with each wait.
         let mut threshold = match can_wake {

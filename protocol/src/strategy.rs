@@ -18,7 +18,8 @@ pub struct Strategy {
     /// Time of all back-off sleeps after the spin; zero for none. The first lasts for 100 µs, and
     /// each further one for twice as long, up to 800 µs. So a record that comes during a sleep
     /// waits for at most 100 µs longer than the end had waited for it. The end is rung earlier if
-    /// half of the channel has moved.
+    /// half of the channel has moved. Once two successive waits were longer than this time, the end
+    /// takes no back-off sleeps until a wait is shorter.
     pub back_off: Duration,
 }
 

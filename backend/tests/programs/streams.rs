@@ -204,6 +204,14 @@ fn send_rejects_invalid_record_sizes() {
     );
 }
 
+/// Returns how often the main thread of a process has slept.
+fn switches(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let mut lines = status.lines();
+    let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.unwrap().trim().parse().unwrap()
+}
+
 #[test]
 fn idle_ends_and_broker_use_no_processor() {
     let broker = Broker::start(&LOOP);
@@ -220,18 +228,6 @@ fn idle_ends_and_broker_use_no_processor() {
         }
     }
     let before = pids.map(ticks);
-    let switches = |pid: u32| {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("voluntary_ctxt_switches"))
-            .unwrap();
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
     let woken = switches(receiver.id());
     // The longest fallback poll is shorter than this.
     std::thread::sleep(Duration::from_millis(1500));
@@ -241,6 +237,30 @@ fn idle_ends_and_broker_use_no_processor() {
         woken,
         "it woke up while there was nothing to do"
     );
+    drop(sender.stdin.take());
+    assert!(wait(&mut sender).success());
+    assert!(wait(&mut receiver).success());
+}
+
+/// The receiver of a fast stream would first sleep by the clock, about ten times.
+#[test]
+fn receiver_of_slow_stream_wakes_once() {
+    const RECORDS: u64 = 40;
+    let broker = Broker::start(&LOOP);
+    let mut sender = send(&broker).stdin(Stdio::piped()).start();
+    let mut receiver = recv(&broker).stdout(Stdio::piped()).start();
+    let mut exchange = |records| {
+        for _ in 0..records {
+            std::thread::sleep(Duration::from_millis(20));
+            sender.stdin.as_mut().unwrap().write_all(b"tick").unwrap();
+            let tick = read_exactly(receiver.stdout.as_mut().unwrap());
+            assert_eq!(&tick, b"tick");
+        }
+        switches(receiver.id())
+    };
+    let woken = exchange(10);
+    let woken = exchange(RECORDS) - woken;
+    assert!(woken <= 2 * RECORDS, "{woken} times");
     drop(sender.stdin.take());
     assert!(wait(&mut sender).success());
     assert!(wait(&mut receiver).success());

@@ -304,6 +304,49 @@ fn back_off_sleeps_grow_to_a_limit() {
     assert!(world.sleeps > 6, "{} sleeps", world.sleeps);
 }
 
+/// Shows that back-off sleeps, in which nothing comes, end with the second long wait, and begin
+/// again with the first short one.
+#[test]
+fn receiver_of_slow_stream_sleeps_once() {
+    let (mut receiver, script) = receiver(Strategy::STREAM);
+    let mut receive = |records: u32| {
+        let (sleeps, rings) = {
+            let world = script.0.borrow();
+            (world.sleeps, world.rings)
+        };
+        for _ in 0..records {
+            assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+            receiver.release().unwrap();
+        }
+        let world = script.0.borrow();
+        (world.sleeps - sleeps, world.rings - rings)
+    };
+    let pace = 20_000 * MICROSECOND;
+    script.goes_on(pace, pace);
+    receive(4);
+    assert_eq!(receive(50), (50, 50));
+    let pace = 200 * MICROSECOND;
+    script.goes_on(pace, pace);
+    let (_, rings) = receive(50);
+    assert_eq!(rings, 1);
+}
+
+/// Shows that the pause between two frames is no slow stream: only the first record of a frame
+/// rings.
+#[test]
+fn pauses_of_fast_stream_are_no_slow_stream() {
+    let (mut receiver, script) = receiver(Strategy::STREAM);
+    for _ in 0..50 {
+        script.goes_on(20_000 * MICROSECOND, 200 * MICROSECOND);
+        for _ in 0..4 {
+            assert_eq!(receiver.wait(None), Ok(Wakeup::Ready));
+            receiver.release().unwrap();
+        }
+    }
+    let world = script.0.borrow();
+    assert_eq!((world.rings, world.stuck), (50, 0));
+}
+
 /// Shows that a ring during a back-off sleep does not prove that doorbells arrive, because it may
 /// be a ring that this end did not ask for.
 #[test]
@@ -443,7 +486,7 @@ fn spinning_end_notices_removal() {
     let mut receiver = Receiver::attach(region, &layout, 0, leaving).unwrap();
     receiver.set_strategy(Strategy::SPIN);
     match receiver.wait(None) {
-        Err(ChannelError::Events(now)) => assert!(now <= gone_at + 101 * MICROSECOND, "{now:?}"),
+        Err(ChannelError::Device(now)) => assert!(now <= gone_at + 101 * MICROSECOND, "{now:?}"),
         woken => panic!("{woken:?}"),
     }
 }
