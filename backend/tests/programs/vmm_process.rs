@@ -80,10 +80,7 @@ impl Vmm {
     /// Makes the process lose its connection, and live on.
     fn disconnect(&mut self, broker: &Broker) {
         self.control.write_all(&[0]).unwrap();
-        let attachment = broker.attach();
-        wait_until("the VM has left", || {
-            attachment.status().unwrap().slots[0].vm.is_none()
-        });
+        wait_until_vm_left(&broker.attach());
     }
 
     fn signal(&self, signal: Signal) {
@@ -98,6 +95,13 @@ impl Drop for Vmm {
         let reaped = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
         assert_eq!(reaped, self.pid);
     }
+}
+
+/// Waits until the broker has noticed the end of the VM's connection.
+fn wait_until_vm_left(attachment: &Attachment) {
+    wait_until("the VM has left", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
 }
 
 /// Stores a word in the page of slot 0's driver, as that driver does.
@@ -159,6 +163,7 @@ fn killed_vmm_frees_its_ends() {
         let in_use = ["in use by process 42 in slot 0's VM"];
         fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
         drop(vmm);
+        wait_until_vm_left(&attachment);
         works(&mut broker.app(&["reset-channel", "up"]));
     }
 }
