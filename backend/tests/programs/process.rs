@@ -267,15 +267,18 @@ fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     Some(all)
 }
 
-/// Waits until all threads of a process whose names begin with `name` sleep at the same time. Then
-/// each has done everything that needs neither input nor time.
+/// Returns whether all threads of a process whose names begin with `name` sleep at the same time.
+/// Then each has done everything that needs neither input nor time.
+pub fn is_asleep(pid: u32, name: &str) -> bool {
+    // If two looks find all threads asleep with equal numbers of switches, no thread ran between
+    // them.
+    let first = switches_of_sleepers(pid, name);
+    first.is_some() && first == switches_of_sleepers(pid, name)
+}
+
+/// Waits until all threads of a process sleep, as [`is_asleep`] finds out.
 pub fn wait_until_asleep(pid: u32, name: &str) {
-    wait_until("all threads sleep", || {
-        // If two looks find all threads asleep with equal numbers of switches, no thread ran
-        // between them.
-        let first = switches_of_sleepers(pid, name);
-        first.is_some() && first == switches_of_sleepers(pid, name)
-    });
+    wait_until("all threads sleep", || is_asleep(pid, name));
 }
 
 /// Waits until no thread of a process has woken for longer than the back-off sleeps of a channel's

@@ -374,7 +374,11 @@ fn put(what: &str, path: &Path) {
         "a symbolic link" => symlink("/does/not/exist", path).unwrap(),
         "a regular file" => file_with(path, b"mine"),
         "a folder" => std::fs::create_dir(path).unwrap(),
-        _ => drop(UnixListener::bind(path).unwrap()),
+        _ => {
+            drop(UnixListener::bind(path).unwrap());
+            // A process that another thread forks has a copy until it executes its program.
+            wait_until("no process listens", || UnixStream::connect(path).is_err());
+        }
     }
 }
 
