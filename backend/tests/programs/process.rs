@@ -131,6 +131,11 @@ pub fn kill(child: &mut Child) {
     wait(child);
 }
 
+/// Returns whether a descriptor is readable within a time.
+pub fn is_readable_within(from: &impl AsFd, time: Duration) -> bool {
+    becomes_readable(from, Instant::now() + time)
+}
+
 fn becomes_readable(from: &impl AsFd, end: Instant) -> bool {
     loop {
         let left = end.saturating_duration_since(Instant::now());
