@@ -131,6 +131,11 @@ pub fn kill(child: &mut Child) {
     wait(child);
 }
 
+/// Returns whether a descriptor is readable within a time.
+pub fn is_readable_within(from: &impl AsFd, time: Duration) -> bool {
+    becomes_readable(from, Instant::now() + time)
+}
+
 fn becomes_readable(from: &impl AsFd, end: Instant) -> bool {
     loop {
         let left = end.saturating_duration_since(Instant::now());
@@ -267,15 +272,18 @@ fn switches_of_sleepers(pid: u32, name: &str) -> Option<Vec<u64>> {
     Some(all)
 }
 
-/// Waits until all threads of a process whose names begin with `name` sleep at the same time. Then
-/// each has done everything that needs neither input nor time.
+/// Returns whether all threads of a process whose names begin with `name` sleep at the same time.
+/// Then each has done everything that needs neither input nor time.
+pub fn is_asleep(pid: u32, name: &str) -> bool {
+    // If two looks find all threads asleep with equal numbers of switches, no thread ran between
+    // them.
+    let first = switches_of_sleepers(pid, name);
+    first.is_some() && first == switches_of_sleepers(pid, name)
+}
+
+/// Waits until all threads of a process sleep, as [`is_asleep`] finds out.
 pub fn wait_until_asleep(pid: u32, name: &str) {
-    wait_until("all threads sleep", || {
-        // If two looks find all threads asleep with equal numbers of switches, no thread ran
-        // between them.
-        let first = switches_of_sleepers(pid, name);
-        first.is_some() && first == switches_of_sleepers(pid, name)
-    });
+    wait_until("all threads sleep", || is_asleep(pid, name));
 }
 
 /// Waits until no thread of a process has woken for longer than the back-off sleeps of a channel's

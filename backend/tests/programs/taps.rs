@@ -240,12 +240,17 @@ fn tapped_stream_reports_missed_records() {
     );
 }
 
-fn tap(broker: &Broker, options: &[&str]) -> Program {
+fn start_tap(broker: &Broker, options: &[&str]) -> Program {
     let mut tap = broker.app(&["recv", "--channel", "loop", "--tap"]);
     tap.args(options)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let tap = tap.start();
+    tap.start()
+}
+
+/// Starts a tap as [`start_tap`] does, and waits until it has begun.
+fn tap(broker: &Broker, options: &[&str]) -> Program {
+    let tap = start_tap(broker, options);
     wait_for_tap(&tap);
     tap
 }
@@ -357,7 +362,7 @@ fn late_tap_waits_for_next_stream() {
 #[test]
 fn tap_that_ends_early_prints_summary() {
     let broker = Broker::start(&LOOP);
-    let mut silent = tap(&broker, &["--json", "--timeout", "300ms"]);
+    let mut silent = start_tap(&broker, &["--json", "--timeout", "300ms"]);
     assert_eq!(wait(&mut silent).code(), Some(7));
     let mut errors = errors_of(&mut silent);
     assert!(errors.contains("nothing moved through the channel for 0.3 s"));

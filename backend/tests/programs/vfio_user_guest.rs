@@ -412,6 +412,9 @@ fn broker_rejects_invalid_guest_memory_reads() {
         assert!(refused.contains("bytes of one copy"), "{refused}");
     }
     drop(client);
+    wait_until("the VM has left", || {
+        refusal(&broker, 1, 0, 1) == Refusal::NoVm(1)
+    });
     let mut command = broker.app(&["peek", "--guest", "1"]);
     fails(&mut command, 1, &["no VM is in slot 1"]);
 }

@@ -15,7 +15,6 @@ use barlink::control::message::{Answer, Ask};
 use barlink_broker::broker::Predecessor;
 use barlink_protocol::wire::layout::End;
 use barlink_service::ServiceManager;
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::process::Signal;
@@ -415,7 +414,7 @@ fn hands_over_while_session_is_within_message() -> bool {
     let start = Instant::now();
     while pending == 0 && start.elapsed() < Duration::from_secs(1) {
         neighbour.socket.write_all(&read).unwrap();
-        match is_readable_within(&neighbour, Duration::from_millis(500)) {
+        match is_readable_within(&neighbour.socket, Duration::from_millis(500)) {
             true => assert_eq!(neighbour.receive().unwrap().errno, 0),
             false => pending += 1,
         }
@@ -431,12 +430,6 @@ fn hands_over_while_session_is_within_message() -> bool {
     assert_eq!(neighbour.read(CONFIG, 4, 2), [6, 4]);
     assert!(client.is_disconnected());
     true
-}
-
-fn is_readable_within(client: &Client, time: Duration) -> bool {
-    let mut readable = [PollFd::new(&client.socket, PollFlags::IN)];
-    let time = Timespec::try_from(time).unwrap();
-    rustix::event::poll(&mut readable, Some(&time)).unwrap() > 0
 }
 
 #[test]

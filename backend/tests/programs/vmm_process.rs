@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use barlink::host::Attachment;
@@ -80,10 +81,7 @@ impl Vmm {
     /// Makes the process lose its connection, and live on.
     fn disconnect(&mut self, broker: &Broker) {
         self.control.write_all(&[0]).unwrap();
-        let attachment = broker.attach();
-        wait_until("the VM has left", || {
-            attachment.status().unwrap().slots[0].vm.is_none()
-        });
+        wait_until_vm_left(&broker.attach());
     }
 
     fn signal(&self, signal: Signal) {
@@ -98,6 +96,13 @@ impl Drop for Vmm {
         let reaped = unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
         assert_eq!(reaped, self.pid);
     }
+}
+
+/// Waits until the broker has noticed the end of the VM's connection.
+fn wait_until_vm_left(attachment: &Attachment) {
+    wait_until("the VM has left", || {
+        attachment.status().unwrap().slots[0].vm.is_none()
+    });
 }
 
 /// Stores a word in the page of slot 0's driver, as that driver does.
@@ -159,6 +164,7 @@ fn killed_vmm_frees_its_ends() {
         let in_use = ["in use by process 42 in slot 0's VM"];
         fails(&mut broker.app(&["reset-channel", "up"]), 4, &in_use);
         drop(vmm);
+        wait_until_vm_left(&attachment);
         works(&mut broker.app(&["reset-channel", "up"]));
     }
 }
@@ -324,20 +330,36 @@ fn same_process_has_its_slot_again() {
     }
 }
 
-/// Tells whether the broker refuses a VM while the slot's eventfds are read. The readers stand for
-/// a kernel that consumes the rings (KVM's irqfd), and are not always as fast as one.
-fn is_refused_while_consumed(broker: &Broker, eventfds: &[(i64, OwnedFd)]) -> bool {
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let _stop = Stop(&stop);
-        for (_, eventfd) in eventfds.iter().filter(|(peer, _)| *peer == 0) {
-            let stop = &stop;
+/// Reads the eventfds of slot 0 until `is_over`. The readers stand for a kernel that consumes the
+/// rings (KVM's irqfd), and are not always as fast as one. A reader that spins can find a ring
+/// before the broker looks for it at once. A reader that sleeps runs soon after a ring even if
+/// other programs leave little time to those that spin.
+fn consume<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    eventfds: &'scope [(i64, OwnedFd)],
+    is_over: impl Fn() -> bool + Copy + Send + 'scope,
+) {
+    for (_, eventfd) in eventfds.iter().filter(|(peer, _)| *peer == 0) {
+        for sleeps in [false, true] {
             scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
+                while !is_over() {
+                    if sleeps {
+                        is_readable_within(eventfd, Duration::from_millis(10));
+                    }
                     rings(eventfd);
                 }
             });
         }
+    }
+}
+
+/// Tells whether the broker refuses a VM while the slot's eventfds are read.
+fn is_refused_while_consumed(broker: &Broker, eventfds: &[(i64, OwnedFd)]) -> bool {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
+        let stop = &stop;
+        consume(scope, eventfds, move || stop.load(Ordering::Relaxed));
         let next = connect(broker, "vm.sock");
         message(&next).map(|(number, _)| number) == Some(1)
     })
@@ -387,13 +409,7 @@ fn vm_waits_for_end_of_consumed_rings() {
         broker.wait_until_idle();
         let start = Instant::now();
         let waited = std::thread::scope(|scope| {
-            for (_, eventfd) in other.eventfds.iter().filter(|(peer, _)| *peer == 0) {
-                scope.spawn(move || {
-                    while start.elapsed() < READ {
-                        rings(eventfd);
-                    }
-                });
-            }
+            consume(scope, &other.eventfds, move || start.elapsed() >= READ);
             let next = connect(&broker, "vm.sock");
             let (number, _) = message(&next).unwrap();
             assert_eq!(number, 0, "it is refused: {}", broker.log());

@@ -22,7 +22,7 @@ const FIRST: i32 = 3;
 /// Maximum number of stored descriptors (`FileDescriptorStoreMax=`).
 const ROOM: usize = 16384;
 
-/// Timeout of a service's start, until it reports that it is ready.
+/// Timeout of a service's start, until it reports that it is ready, and of the messages before it.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A service manager that stores the descriptors of one service.
@@ -37,6 +37,8 @@ struct ManagerState {
     /// Stored descriptors, the newest first. Several can have the same name.
     stored: Vec<StoredDescriptor>,
     ready: bool,
+    /// Number of barriers that were read.
+    barriers: u64,
 }
 
 /// A stored descriptor with its name.
@@ -69,8 +71,10 @@ impl ServiceManager {
         Ok(Self { socket, state })
     }
 
-    /// Makes the command of a service, which is passed all stored descriptors.
+    /// Makes the command of a service, which is passed all stored descriptors. Reads all messages
+    /// of the service that ran before, as systemd does before it notices that a service has ended.
     pub fn service(&self, program: &Path) -> Result<Command> {
+        self.read_all()?;
         let mut state = self.lock();
         state.ready = false;
         let mut mappings = Vec::new();
@@ -103,13 +107,30 @@ impl ServiceManager {
 
     /// Waits until the last started service reports that it is ready.
     pub fn wait_until_ready(&self) -> Result<()> {
+        let is_ready = self.wait_until(|state| state.ready);
+        ensure!(is_ready, "the service is not ready in time");
+        Ok(())
+    }
+
+    /// Waits until all messages are read that were sent before this call. Sends a barrier behind
+    /// them (`sd_notify_barrier(3)`, but counted, and without a descriptor).
+    fn read_all(&self) -> Result<()> {
+        let before = self.lock().barriers;
+        UnixDatagram::unbound()?.send_to(b"BARRIER=1\n", &self.socket)?;
+        let is_read = self.wait_until(|state| state.barriers > before);
+        ensure!(is_read, "the service's messages are not read in time");
+        Ok(())
+    }
+
+    /// Waits until a condition holds. Returns whether it does within [`START_TIMEOUT`].
+    fn wait_until(&self, holds: impl Fn(&ManagerState) -> bool) -> bool {
+        let waits = |state: &mut ManagerState| !holds(state);
         let waited = self
             .state
             .1
-            .wait_timeout_while(self.lock(), START_TIMEOUT, |state| !state.ready);
+            .wait_timeout_while(self.lock(), START_TIMEOUT, waits);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        ensure!(state.ready, "the service is not ready in time");
-        Ok(())
+        holds(&state)
     }
 
     /// Returns the names of the stored descriptors, sorted.
@@ -164,6 +185,9 @@ impl ManagerState {
         if value("READY") == Some("1") {
             self.ready = true;
         }
+        if value("BARRIER") == Some("1") {
+            self.barriers += 1;
+        }
     }
 }
 
@@ -209,5 +233,26 @@ mod tests {
         state.take_in("FDSTORE=1\nFDNAME=c\n", vec![new()]);
         state.take_in("FDSTOREREMOVE=1\nFDNAME=a\n", Vec::new());
         assert_eq!(names(&state), "c", "all of one name are forgotten");
+    }
+
+    #[test]
+    fn service_follows_all_messages_before_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let manager = ServiceManager::new(folder.path()).unwrap();
+        let socket = UnixDatagram::unbound().unwrap();
+        socket.connect(&manager.socket).unwrap();
+        for number in 0..100 {
+            let file = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let message = format!("FDSTORE=1\nFDNAME={number}\n");
+            manager.lock().take_in(&message, vec![file]);
+            // The thread has rarely read the last of these messages when they are sent.
+            for name in ["other", &number.to_string()] {
+                let message = format!("FDSTOREREMOVE=1\nFDNAME={name}\n");
+                socket.send(message.as_bytes()).unwrap();
+            }
+            let service = manager.service("true".as_ref()).unwrap();
+            let mut variables = service.get_envs();
+            assert!(variables.all(|(name, _)| name != "LISTEN_FDNAMES"));
+        }
     }
 }

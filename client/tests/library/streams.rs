@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::mpsc;
 
 use barlink::{Kind, stream};
 use rustix::fs::OFlags;
@@ -61,6 +62,36 @@ fn reader_says_that_a_stream_is_incomplete() {
     stream.read_exact(&mut start).unwrap();
     let error = stream.read(&mut start).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+}
+
+/// Lets a sender leave within its stream while its reader waits for more. The last presence that a
+/// wait of the reader noticed is that of no sender, because the reader attached before the sender
+/// did, and found its records without a wait.
+#[test]
+fn reader_notices_sender_that_came_later() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let app = broker.attach();
+    // In most rounds the sender leaves between the reader's look at it and the end of the wait's
+    // back-off sleeps.
+    for round in 0..20 {
+        let mut receiver = app.receiver("loop").unwrap();
+        let mut sender = app.sender("loop").unwrap();
+        sender.stream().write_all(b"four").unwrap();
+        let (report, reports) = mpsc::channel();
+        // The reader has a thread, so that an endless wait is a failure and not a hang.
+        let reading = std::thread::spawn(move || {
+            let mut stream = receiver.stream();
+            for _ in 0..2 {
+                report.send(stream.read(&mut [0; 8])).unwrap();
+            }
+        });
+        assert_eq!(reports.recv_timeout(TIMEOUT).unwrap().unwrap(), 4);
+        drop(sender);
+        let read = reports.recv_timeout(TIMEOUT);
+        let read = read.unwrap_or_else(|_| panic!("an endless wait in round {round}"));
+        assert_eq!(read.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        reading.join().unwrap();
+    }
 }
 
 #[test]
