@@ -15,7 +15,9 @@ use barlink_vm::tap::Tap;
 use barlink_vm_tests::wait_until;
 use serde_json::json;
 
-use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
+use crate::stage::{
+    ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM, wait_for_rings,
+};
 
 pub fn doorbells_are_counted_exactly(setting: Setting) -> Result<()> {
     let stage = setting.stage()?;
@@ -71,6 +73,7 @@ pub fn masked_vectors_keep_their_rings(setting: Setting) -> Result<()> {
         for _ in 0..3 {
             stage.tap.ring(VM, 2, 1)?;
         }
+        wait_for_rings(&mut machine, device.pci.bars[0].0)?;
         let taken = machine.sleep_until(vector, before + 2, MOMENT)?;
         ensure!(taken == before + 1, "all masked, round {round}");
         device.set_msix(&mut machine, true, false)?;
@@ -93,6 +96,7 @@ pub fn disabled_interrupts_come_back(setting: Setting) -> Result<()> {
         let before = machine.taken(vector, 1)?;
         device.set_msix(&mut machine, false, false)?;
         stage.tap.ring(VM, 3, 2)?;
+        wait_for_rings(&mut machine, device.pci.bars[0].0)?;
         let taken = machine.sleep_until(vector, before + 1, MOMENT)?;
         ensure!(taken == before, "{taken} interrupts while they are off");
         // Linux masks all vectors while it sets them up.
