@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_driver_checks::tier::rounds;
 use barlink_sandbox::tools::Accel;
 use barlink_vm::Bare;
@@ -453,10 +453,14 @@ pub fn vms_ring_each_other(setting: Setting) -> Result<()> {
         Ok(first.taken(FIRST + 1, 1)? >= times)
     })?;
     first.echo(0, 0, 0)?;
-    let count = first.sleep_until(FIRST + 1, u64::MAX, MOMENT)?;
-    let answers = second.taken(FIRST + 1, 1)?;
     // The first ring was an order, and the last one of the second VM was not answered.
-    ensure!(answers == count, "{count} one way, {answers} the other way");
+    let mut counts = [0; 2];
+    let equal = wait_until("both VMs have taken as many interrupts", || {
+        let count = first.sleep_until(FIRST + 1, u64::MAX, MOMENT)?;
+        counts = [count, second.taken(FIRST + 1, 1)?];
+        Ok(counts[0] == counts[1])
+    });
+    equal.with_context(|| format!("{} one way, {} the other way", counts[0], counts[1]))?;
     // The broker has rung vector 0 of the host, because the VMs have come.
     let mut rings = stage.tap.all_rings()?;
     rings.retain(|(peer, vector, _)| *peer == HOST && *vector != 0);

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_protocol::wire::layout::{PAGE_SIZE, presence};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
@@ -154,6 +154,12 @@ impl Stage {
         wait_until("the slot is free", || {
             Ok(self.broker.inspect()?["broker"]["slots"][0]["vm"].is_null())
         })
+    }
+
+    /// Waits until the broker, which writes its log in a thread of its own, has logged this text.
+    pub fn wait_for_log(&self, text: &str) -> Result<()> {
+        wait_until(text, || Ok(self.broker.log()?.contains(text)))
+            .with_context(|| self.broker.log().unwrap_or_default())
     }
 
     /// Checks that QEMU has written no error.
