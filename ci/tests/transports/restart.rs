@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
 use barlink_vm::{COMMAND_TIMEOUT, Vm};
-use barlink_vm_tests::kill;
+use barlink_vm_tests::{kill, lengthen_timeout};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -68,7 +68,11 @@ fn killed_broker_loses_no_record() -> Result<()> {
 
 #[test]
 fn replaced_broker_loses_no_record() -> Result<()> {
-    let (mut broker, vm) = start(TRANSPORT, &[])?;
+    let mut broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], &[])?;
+    // On a busy host a replacement can take longer than QEMU waits by default.
+    let mut config = broker.vm()?;
+    lengthen_timeout(&mut config);
+    let vm = guest_with(&config)?;
     stream_through(&mut broker, &vm, Broker::replace)
 }
 

@@ -31,7 +31,10 @@ fn programs_warn_only_of_silent_broker() -> Result<()> {
         let start = Instant::now();
         let info = vm.run(["barlink-guest", "info"])?;
         info.require_success()?;
-        ensure!(warns(info.stderr) == 0, "a warning of a broker that answers");
+        ensure!(
+            warns(info.stderr) == 0,
+            "a warning of a broker that answers"
+        );
         Ok(start.elapsed() < Duration::from_secs(8))
     })?;
 
