@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use barlink_vm::COMMAND_TIMEOUT;
+use barlink_vm::{COMMAND_TIMEOUT, Config};
 
 /// Time limit of every wait. The event comes within seconds even on a machine that has more work
 /// than processors.
@@ -28,6 +28,15 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result
         thread::sleep(LOOK);
     }
     Ok(())
+}
+
+/// Lets QEMU wait for a minute, rather than five seconds, for an answer over vfio-user
+/// (`docs/transports.md`). Changes nothing in a VM without a device over vfio-user.
+pub fn lengthen_timeout(config: &mut Config) {
+    let words = config.arguments.iter_mut();
+    for device in words.filter(|word| word.contains("vfio-user-pci")) {
+        *device = device.replacen('{', "{\"x-msg-timeout\":60000,", 1);
+    }
 }
 
 /// Waits until a process has ended by itself. Kills the process and returns an error after

@@ -23,6 +23,9 @@ use crate::stage::{Device, FIRST, HOST, LIMIT, REGION, Setting, Stage, VM};
 /// Holder word of a process of the guest: claim 1, process ID 42.
 const PROCESS: u64 = 1 << 32 | 42;
 
+/// Time in which a program that is awake falls asleep, and a ring that is under way arrives.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// The guest's end of a channel, whose words the test stores in place of a driver and a program.
 struct Guest {
     machine: Bare,
@@ -125,8 +128,7 @@ pub fn sent_record_wakes_sleeping_guest(setting: Setting) -> Result<()> {
         seen = now;
     }
     // Over vhost-user the broker's rings by vector 0 come by the same interrupt.
-    let pause = Duration::from_millis(50);
-    let before = guest.machine.sleep_until(vector, u64::MAX, pause)?;
+    let before = guest.machine.sleep_until(vector, u64::MAX, PAUSE)?;
     let order = format!("await {vector} {} {}", before + 1, LIMIT.as_millis() / 10);
     guest.machine.begin(&order)?;
     let input = send.stdin.as_mut().context("no standard input")?;
@@ -152,9 +154,14 @@ pub fn record_of_guest_wakes_sleeping_program(setting: Setting) -> Result<()> {
     wait_until("the program sleeps", || {
         Ok(guest.machine.read_long(threshold)? == 1)
     })?;
-    // The first ring ends the program's fallback poll, so that only a ring wakes it.
+    // The first ring ends the program's fallback poll, so that only a ring wakes it. A program that
+    // is awake arms its wake-up again before it sleeps.
+    guest.machine.write_long(threshold, 0)?;
     guest.ring()?;
-    thread::sleep(Duration::from_millis(200));
+    wait_until("the program is awake", || {
+        Ok(guest.machine.read_long(threshold)? == 1)
+    })?;
+    thread::sleep(PAUSE);
     let words: Vec<_> = stage.tap.load(0, REGION as usize / 8)?;
     let copy: Vec<_> = words.iter().copied().map(AtomicU64::new).collect();
     let mut producer = Producer::attach(Region::new(&copy[..]), &guest.channel)?;

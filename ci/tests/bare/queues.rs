@@ -13,7 +13,9 @@ use serde_json::json;
 
 use crate::driver::Driver;
 use crate::registers::{MOMENT, Stop, Storm, reset};
-use crate::stage::{ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM};
+use crate::stage::{
+    ALL, Device, FIRST, HOST, LIMIT, OTHER, Setting, Stage, VECTORS, VM, wait_for_rings,
+};
 use crate::unplug;
 
 /// The queue of doorbells, and that of interrupts.
@@ -292,6 +294,7 @@ pub fn masked_vector_keeps_its_interrupt(setting: Setting) -> Result<()> {
             let before = machine.taken(FIRST, 1)?;
             mask(&mut machine, true)?;
             queues.buffers_come_back(&stage, &mut machine, 1..4)?;
+            wait_for_rings(&mut machine, queues.driver.config.address)?;
             let taken = machine.sleep_until(FIRST, before + 1, MOMENT)?;
             ensure!(taken == before, "masked, round {round}: {taken}");
             mask(&mut machine, false)?;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use barlink_protocol::wire::layout::{PAGE_SIZE, presence};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
@@ -12,6 +12,7 @@ use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
 use barlink_vm::{Bare, Config, Executor, PciDevice};
 use barlink_vm_tests::wait_until;
+use serde_json::json;
 
 /// The transport and the accelerator of a scene.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +156,12 @@ impl Stage {
         })
     }
 
+    /// Waits until the broker, which writes its log in a thread of its own, has logged this text.
+    pub fn wait_for_log(&self, text: &str) -> Result<()> {
+        wait_until(text, || Ok(self.broker.log()?.contains(text)))
+            .with_context(|| self.broker.log().unwrap_or_default())
+    }
+
     /// Checks that QEMU has written no error.
     pub fn check_quiet(&self, machine: &Bare) -> Result<()> {
         let errors = machine.errors()?;
@@ -210,4 +217,16 @@ impl Device {
         let bits = if enable { ENABLE } else { 0 } | if mask { MASK } else { 0 };
         machine.write(self.msix, bits)
     }
+}
+
+/// Waits until QEMU has handled all rings of the VM so far, also those that become no interrupt.
+/// `register` is the address of a register that the broker answers for, except over ivshmem. The
+/// broker's session takes rings and messages in batches, and QEMU serves all its sockets and
+/// eventfds between two answers.
+pub fn wait_for_rings(machine: &mut Bare, register: u64) -> Result<()> {
+    for _ in 0..3 {
+        machine.read(register)?;
+        machine.qmp("query-status", &json!({}))?;
+    }
+    Ok(())
 }

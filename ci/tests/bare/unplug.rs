@@ -157,15 +157,13 @@ pub fn device_of_hung_guest_keeps_its_slot(setting: Setting) -> Result<()> {
         }
         let error = refused(plug(&stage, &machine, &chardev(1)))?;
         ensure!(error.contains("server sent version 1"), "{error}");
-        let log = stage.broker.log()?;
-        ensure!(log.contains("went with its interrupts enabled"), "{log}");
+        stage.wait_for_log("went with its interrupts enabled")?;
         machine.qmp("query-status", &json!({}))?;
     }
     // Another VM does not get the slot either.
     let error = refused(setting.machine(&stage.config(0)?))?;
     ensure!(error.contains("server sent version 1"), "{error}");
-    let log = stage.broker.log()?;
-    ensure!(log.contains("and can still write to the region"), "{log}");
+    stage.wait_for_log("and can still write to the region")?;
     drop(machine);
     // QEMU itself ends a moment after its sandbox.
     wait_until("the slot has no former VM", || {

@@ -26,10 +26,17 @@ const STOPPED: Duration = Duration::from_secs(3);
 fn programs_warn_only_of_silent_broker() -> Result<()> {
     let (mut broker, vm) = start(TRANSPORT, &[])?;
     let warns = |stderr: Vec<u8>| String::from_utf8_lossy(&stderr).matches(SILENT).count();
-    let start = Instant::now();
-    let info = vm.run(["barlink-guest", "info"])?;
-    info.require_success()?;
-    ensure!(warns(info.stderr) == 0 && start.elapsed() < Duration::from_secs(8));
+    // A broker that answers costs less time than one that is silent, unless the host is busy.
+    wait_until("a program ends soon", || {
+        let start = Instant::now();
+        let info = vm.run(["barlink-guest", "info"])?;
+        info.require_success()?;
+        ensure!(
+            warns(info.stderr) == 0,
+            "a warning of a broker that answers"
+        );
+        Ok(start.elapsed() < Duration::from_secs(8))
+    })?;
 
     // A busy host is no reason for a warning.
     broker.signal(Signal::STOP)?;
@@ -94,6 +101,6 @@ fn removal_ends_a_question(vm: &Vm) -> Result<()> {
     vm.run(["sh", "-c", UNBIND])?.require_success()?;
     let start = Instant::now();
     info.wait(COMMAND_TIMEOUT)?.require_success()?;
-    ensure!(start.elapsed() < Duration::from_secs(5), "it asked on");
+    ensure!(start.elapsed() < Duration::from_secs(8), "it asked on");
     Ok(())
 }

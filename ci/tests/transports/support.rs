@@ -98,14 +98,16 @@ pub struct RoundTrip {
 }
 
 impl RoundTrip {
-    /// Starts the stream, and waits until its consumers hold the channels `down` and `up`.
+    /// Starts the stream, and waits until all ends of the channels `down` and `up` are held.
     pub fn start(broker: &Broker, vm: &Vm) -> Result<Self> {
         let echo = vm.spawn(["barlink-guest", "echo"])?;
         let receiver = receive(broker, "up")?;
         let mut sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
         let mut input = sender.stdin.take().context("no input")?;
-        wait_for_holder(broker, "down", "consumer", true)?;
-        wait_for_holder(broker, "up", "consumer", true)?;
+        for channel in ["down", "up"] {
+            wait_for_holder(broker, channel, "producer", true)?;
+            wait_for_holder(broker, channel, "consumer", true)?;
+        }
         // The writer runs until `stop` is dropped.
         let (stop, stopped) = mpsc::channel::<()>();
         let writer = Task::start("the input of the round trip", move || {

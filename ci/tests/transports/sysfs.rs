@@ -330,6 +330,9 @@ fn unplugged_device_ends_programs_without_driver() -> Result<()> {
     let mut receiver = App::start(&mut broker.app(["recv", "-o", "/dev/null"]))?;
     wait_for_holder(&broker, "down", "consumer", true)?;
     wait_for_holder(&broker, "up", "producer", true)?;
+    // A tap holds no end of its channel, but it shows the records that come.
+    let line = apps[2].next_line(COMMAND_TIMEOUT)?;
+    ensure!(line.is_some(), "the tap has ended");
     let address = address(&vm)?;
     let remove = format!("echo 1 >/sys/bus/pci/devices/{address}/remove");
     vm.run(["sh", "-c", &remove])?.require_success()?;

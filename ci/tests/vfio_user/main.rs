@@ -19,7 +19,7 @@ use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
 use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Executor, FREE_PORT, PciDevice, Vm};
-use barlink_vm_tests::{App, wait_for_end, wait_until};
+use barlink_vm_tests::{App, lengthen_timeout, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
 
