@@ -118,6 +118,11 @@ impl Display for Held {
         let Held { channel, end, pid } = self;
         write!(f, "channel `{channel}` already has a {end}")?;
         match pid {
+            Some(0) => write!(
+                f,
+                ", a process on the host that the broker cannot name, for example because the broker is in a container: \
+                 stop that process first"
+            ),
             Some(pid) => write!(f, ", process {pid} on the host: stop that process first"),
             None => write!(
                 f,

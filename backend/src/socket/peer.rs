@@ -64,6 +64,10 @@ impl Peer {
 
 impl Display for Peer {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        write!(f, "process {} of user {}", self.pid, self.uid)
+        match self.pid {
+            // A process outside of the broker's PID namespace (`pid_namespaces(7)`).
+            0 => write!(f, "a process without a number here, of user {}", self.uid),
+            pid => write!(f, "process {pid} of user {}", self.uid),
+        }
     }
 }

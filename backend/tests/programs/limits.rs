@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use barlink::Access;
@@ -284,7 +284,18 @@ fn peers_of_another_pid_namespace_are_served() {
     let broker = Broker::start_by(folder, &[], |command| {
         wrap(command, "unshare", &["--pid", "--fork", "--kill-child"])
     });
-    drop(broker.attach());
+    let app = broker.attach();
+    let holder = app.sender("down").unwrap();
+    // For the broker this process has the number 0. `kill 0` would end the user's own shell.
+    for args in [&["send"][..], &["reset-channel", "down"]] {
+        let mut refused = broker.app(args);
+        let output = run(refused.stdin(Stdio::null()));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{text}");
+        let names = text.contains("a process on the host that the broker cannot name");
+        assert!(names && !text.contains("process 0"), "{text}");
+    }
+    drop((holder, app));
     drop(vmm::handshake(vmm::connect(&broker, "vm.sock"), 6));
 }
 

@@ -292,8 +292,10 @@ enum Holder {
 impl Display for Holder {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
+            Holder::HostApp(0) => write!(f, "a process on the host that the broker cannot name"),
             Holder::HostApp(pid) => write!(f, "process {pid} on the host"),
             Holder::Guest(process, slot) => write!(f, "process {process} in slot {slot}'s VM"),
+            Holder::Vmm(0, slot) => write!(f, "slot {slot}'s VM"),
             Holder::Vmm(pid, slot) => write!(f, "slot {slot}'s VM, process {pid} on the host"),
         }
     }

@@ -199,6 +199,8 @@ fn short_time(time: Duration) -> String {
 /// Returns the row of a channel, with the columns of [`CHANNEL_COLUMNS`].
 pub fn channel_row(channel: &ChannelView, watched: Option<Watched>) -> [String; 12] {
     let end = |peer: &str, process: Option<u32>| match process {
+        // A process outside of the broker's PID namespace.
+        Some(0) => format!("{peer}, unknown"),
         Some(process) => format!("{peer}, {process}"),
         None => format!("{peer}, -"),
     };

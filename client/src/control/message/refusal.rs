@@ -165,14 +165,15 @@ pub enum Refusal {
     Managed,
     /// A VM would lose its device.
     #[error(
-        "slot {slot}'s VM, process {pid}, is connected by {transport}, which cannot be handed over: shut that VM down first"
+        "slot {slot}'s VM{} is connected by {transport}, which cannot be handed over: shut that VM down first",
+        match pid { 0 => String::new(), pid => format!(", process {pid},") }
     )]
     Stays {
         /// Slot of the VM.
         slot: u32,
         /// Transport of the slot.
         transport: String,
-        /// Process ID of the VM's VMM.
+        /// Process ID of the VM's VMM, 0 if the broker cannot name the process.
         pid: u32,
     },
     /// As many host apps are there as the broker serves. This answer comes before any request.
