@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,7 @@ use barlink::Stamp;
 use barlink_protocol::Producer;
 use barlink_protocol::cursor::{Clock, Kind};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::process::{Pid, Signal};
 use rustix::termios::{Action, tcflow};
 
 use crate::support::*;
@@ -204,8 +206,21 @@ fn live_view_ends_on_quit_keys() {
 }
 
 #[test]
+fn live_view_gives_terminal_back_at_signal() {
+    let broker = Broker::start(&[]);
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
+        terminal.wait_for("raw window");
+        signal_process(Pid::from_child(&terminal.child), signal);
+        let status = wait(&mut terminal.child);
+        assert_eq!(status.signal(), Some(signal.as_raw()));
+        terminal.is_given_back();
+    }
+}
+
+#[test]
 fn live_view_reports_end_of_broker() {
-    for signal in [rustix::process::Signal::KILL, rustix::process::Signal::TERM] {
+    for signal in [Signal::KILL, Signal::TERM] {
         let broker = Broker::start(&[]);
         let mut terminal = Terminal::start(broker.app(&["inspect"]), LARGE);
         terminal.wait_for("raw window");

@@ -2,6 +2,8 @@
 
 //! The live view of `barlink inspect` in a terminal.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -16,6 +18,7 @@ use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use rustix::stdio::{dup2_stdout, stdout};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::snapshot::Snapshot;
 use super::view::{self, Rate, Watched};
@@ -28,9 +31,15 @@ const UNFOLDED: u16 = 125;
 /// Bytes in a line of the hex view.
 const LINE: u64 = 16;
 
-/// Shows the region until the user quits.
+/// Shows the region until the user quits, or a signal ends the program. The terminal is given back
+/// in any case.
 pub fn run(attachment: &Attachment) -> Result<()> {
     let mut screen = Screen::new(attachment)?;
+    let ended_by: Arc<AtomicUsize> = Arc::default();
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register_usize(signal, Arc::clone(&ended_by), signal as usize)
+            .context("cannot handle signals")?;
+    }
     reopen_nonblocking_terminal();
     let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
     let outcome = (|| loop {
@@ -42,6 +51,9 @@ pub fn run(attachment: &Attachment) -> Result<()> {
             Keyboard::Gone => return Ok(()),
             Keyboard::Silent => screen.update()?,
             Keyboard::Ready => (),
+        }
+        if ended_by.load(Ordering::Relaxed) != 0 {
+            return Ok(());
         }
         while event::poll(Duration::ZERO).context("cannot read the keyboard")? {
             if let Event::Key(key) = event::read().context("cannot read the keyboard")?
@@ -56,7 +68,11 @@ pub fn run(attachment: &Attachment) -> Result<()> {
         // well, and panic.
         std::mem::forget(terminal);
     }
-    outcome
+    match ended_by.load(Ordering::Relaxed) {
+        0 => outcome,
+        signal => signal_hook::low_level::emulate_default_handler(signal as i32)
+            .context("cannot end by the signal"),
+    }
 }
 
 /// Opens the terminal anew as standard output if another process made it non-blocking, because the
@@ -96,7 +112,7 @@ fn wait_for_keys(time: Duration) -> std::io::Result<Keyboard> {
         {
             Ok(Keyboard::Gone)
         }
-        // A signal interrupts the wait when the terminal's size changes.
+        // A signal ends the program, or tells that the terminal's size has changed.
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Keyboard::Ready),
         Err(error) => Err(error.into()),
     }
