@@ -466,19 +466,25 @@ pub(crate) fn is_pipe(fd: libc::c_int) -> bool {
 /// Returns whether a file descriptor is of a socket that passes messages, not bytes (`socket(2)`).
 #[cfg(not(loom))]
 pub(crate) fn is_message_socket(fd: libc::c_int) -> bool {
-    let mut kind: libc::c_int = 0;
+    socket_option(fd, libc::SO_TYPE).is_some_and(|kind| kind != libc::SOCK_STREAM)
+}
+
+/// Returns an option of a socket that is a number. `None` for other files.
+#[cfg(not(loom))]
+fn socket_option(fd: libc::c_int, option: libc::c_int) -> Option<libc::c_int> {
+    let mut value: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: `getsockopt` writes one `int` and its length, which are borrowed exclusively.
     let told = unsafe {
         libc::getsockopt(
             fd,
             libc::SOL_SOCKET,
-            libc::SO_TYPE,
-            (&raw mut kind).cast(),
+            option,
+            (&raw mut value).cast(),
             &raw mut length,
         )
     };
-    told == 0 && kind != libc::SOCK_STREAM
+    (told == 0).then_some(value)
 }
 
 /// Returns whether a file is of a file system of the kernel whose sizes do not tell how many bytes
@@ -534,14 +540,21 @@ pub(crate) fn seek(fd: libc::c_int, offset: i64) -> Option<u64> {
     u64::try_from(position).ok()
 }
 
-/// Returns the error that each `read(2)` of a descriptor would have, if it is of a folder or is not
-/// open for reading.
+/// Returns the error that each `read(2)` of a descriptor would have, if it is of a folder or of a
+/// socket that listens, cannot be read at all, or is not open for reading.
 #[cfg(not(loom))]
 pub(crate) fn check_readable(fd: libc::c_int) -> io::Result<()> {
     if stat(fd).is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR) {
         return Err(io::Error::from_raw_os_error(libc::EISDIR));
     }
-    check_access(fd, libc::O_WRONLY)
+    check_access(fd, libc::O_WRONLY)?;
+    let listens = socket_option(fd, libc::SO_ACCEPTCONN).is_some_and(|listens| listens != 0);
+    // SAFETY: The call accesses no memory, because it reads no bytes.
+    let can_read = unsafe { libc::read(fd, core::ptr::null_mut(), 0) } == 0;
+    match listens || !can_read && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        true => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        false => Ok(()),
+    }
 }
 
 /// Returns the error that each `write(2)` of a descriptor would have, if it is not open for

@@ -18,6 +18,7 @@ use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
 use log::{info, warn};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::process::{Resource, geteuid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -298,13 +299,33 @@ fn prepare(folder: &Path, admits_others: bool) -> Result<()> {
     // Another user may be able to exchange the folder, so that the one that is opened is examined
     // and changed.
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let opened = rustix::fs::open(folder, flags, Mode::empty()).with_context(failed)?;
+    let unusable = |mode| {
+        format!(
+            "this user cannot use the run folder {} with its mode {:03o}, perhaps of a umask: run `chmod 700` on it",
+            folder.display(),
+            mode & 0o777
+        )
+    };
+    let opened = match rustix::fs::open(folder, flags, Mode::empty()) {
+        Err(Errno::ACCESS)
+            if folder
+                .metadata()
+                .is_ok_and(|it| it.uid() == geteuid().as_raw()) =>
+        {
+            bail!(unusable(folder.metadata()?.mode()))
+        }
+        opened => opened.with_context(failed)?,
+    };
     let found = rustix::fs::fstat(&opened).with_context(failed)?;
     ensure!(
         found.st_uid == geteuid().as_raw(),
         "{}: it belongs to user {}",
         failed(),
         found.st_uid
+    );
+    ensure!(
+        geteuid().is_root() || found.st_mode & 0o700 == 0o700,
+        unusable(found.st_mode)
     );
     if admits_others {
         let mode = Mode::from_raw_mode(found.st_mode & 0o7777) | Mode::from_raw_mode(0o011);

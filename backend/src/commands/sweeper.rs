@@ -88,23 +88,27 @@ pub fn run(files: &[PathBuf]) -> Result<()> {
     }
     let mut outcome = Ok(());
     for (file, found) in files.iter().zip(found) {
-        if found.is_some() && identity(file) == found {
-            let removed = std::fs::remove_file(file);
-            outcome =
-                outcome.and(removed.with_context(|| format!("cannot remove {}", file.display())));
-        }
+        let removed = match (found, identity(file)) {
+            (Ok(Some(found)), Ok(Some(now))) if found == now => std::fs::remove_file(file),
+            (Err(error), _) | (_, Err(error)) => Err(error),
+            _ => Ok(()),
+        };
+        outcome = outcome.and(removed.with_context(|| format!("cannot remove {}", file.display())));
     }
     outcome?;
     answer().context("cannot answer the broker")
 }
 
 /// Returns the properties that distinguish a file from one that another process has put in its
-/// place. The number of the inode alone can be used again.
-fn identity(file: &Path) -> Option<impl PartialEq + use<>> {
+/// place. The number of the inode alone can be used again. `None` if there is no file.
+fn identity(file: &Path) -> io::Result<Option<impl PartialEq + use<>>> {
     let identity = |metadata: Metadata| {
         let kind = metadata.mode() & libc::S_IFMT;
         let written = (metadata.mtime(), metadata.mtime_nsec());
         (metadata.dev(), metadata.ino(), kind, written)
     };
-    file.symlink_metadata().ok().map(identity)
+    match file.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(|metadata| Some(identity(metadata))),
+    }
 }

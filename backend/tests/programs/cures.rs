@@ -3,6 +3,8 @@
 //! Tests of errors that say what to do: limits of a region, of a broker and of a process, and the
 //! run folder.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -180,6 +182,26 @@ fn refuses_run_folders_that_do_not_exist() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(!text.contains(" run/barlink"), "{text}");
+}
+
+#[test]
+fn run_folder_of_strict_umask_is_named() {
+    if !can_become_another_user() {
+        return;
+    }
+    let run = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(run.path(), Some(NOBODY), None).unwrap();
+    for mode in [0o000, 0o300, 0o500] {
+        let folder = run.path().join("barlink");
+        std::fs::create_dir(&folder).unwrap();
+        std::os::unix::fs::chown(&folder, Some(NOBODY), None).unwrap();
+        std::fs::set_permissions(&folder, Permissions::from_mode(mode)).unwrap();
+        let mut command = serve(run.path(), &[]);
+        as_nobody(&mut command).env("XDG_RUNTIME_DIR", run.path());
+        let with = format!("with its mode {mode:03o}");
+        fails(&mut command, 1, &[&with, "chmod 700"]);
+        std::fs::remove_dir(&folder).unwrap();
+    }
 }
 
 /// Another user could exchange the sockets in such a folder.

@@ -444,6 +444,21 @@ fn commands_refuse_sockets_of_messages() {
     assert_eq!(state.records, 0);
 }
 
+/// Such a descriptor never becomes ready, so that a wait for its first byte would not end.
+#[test]
+fn send_refuses_descriptors_without_bytes() {
+    let broker = Broker::start(&LOOP);
+    let listener = std::os::unix::net::UnixListener::bind(broker.path("listener")).unwrap();
+    let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap();
+    for input in [OwnedFd::from(listener), epoll] {
+        fails(
+            send(&broker).stdin(input),
+            1,
+            &["standard input", "Invalid argument"],
+        );
+    }
+}
+
 /// A pipe passes packets if its writer opened it with O_DIRECT (`pipe(2)`). A read into less memory
 /// than a packet has loses the rest of the packet.
 #[test]

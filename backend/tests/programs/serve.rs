@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 
 use barlink_protocol::wire::layout::{BROKER_PAGE, presence};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use crate::limits::wrap;
 use crate::support::*;
@@ -582,6 +582,38 @@ fn stopped_broker_removes_only_own_files() {
     for file in [&socket, &lock] {
         assert_eq!(std::fs::read(file).unwrap(), b"mine");
     }
+}
+
+#[test]
+fn removed_working_folder_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = "mkdir gone && cd gone && rmdir ../gone && exec \"$0\" \"$@\"";
+    let mut command = std::process::Command::new("sh");
+    command
+        .arg("-c")
+        .arg(script)
+        .arg(barlink([""]).get_program());
+    command.args(["serve", "--ivshmem", "vm.sock", "--control", "control.sock"]);
+    let parts = [
+        "the folder in which this program runs was removed",
+        "whole path",
+    ];
+    fails(command.current_dir(&folder), 1, &parts);
+}
+
+#[test]
+fn sockets_that_stay_are_reported() {
+    let mut broker = Broker::start(&[]);
+    let folder = broker.path("control.sock").parent().unwrap().to_owned();
+    let moved = folder.with_extension("moved");
+    std::fs::rename(&folder, &moved).unwrap();
+    std::fs::write(&folder, "no folder").unwrap();
+    signal_process(Pid::from_child(&broker.child), Signal::TERM);
+    assert_eq!(wait(&mut broker.child).code(), Some(0));
+    std::fs::remove_file(&folder).unwrap();
+    std::fs::rename(&moved, &folder).unwrap();
+    let log = broker.log();
+    assert!(log.contains("sockets could not be removed"), "{log}");
 }
 
 /// Returns the standard output of a check that succeeds.

@@ -93,7 +93,9 @@ pub fn watch_broker(connection: &impl AsFd, look: impl FnOnce() -> Found + Send 
             Found::Broker => say(
                 "the broker has closed the connection: this program goes on; see the broker's log, or attach anew if it was restarted",
             ),
-            Found::Unknown => say("the connection to the broker has ended: this program goes on"),
+            Found::Unknown => {
+                say("the connection to the broker has ended, and no broker answers at its socket");
+            }
         }
     });
 }

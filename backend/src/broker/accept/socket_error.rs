@@ -33,6 +33,14 @@ pub enum SocketError {
         /// The folder.
         folder: PathBuf,
     },
+    /// The path is relative, and the folder in which this process runs was removed.
+    #[error(
+        "no folder for socket {path}: the folder in which this program runs was removed; run it in another one, or name the whole path"
+    )]
+    NoWorkingFolder {
+        /// The path.
+        path: PathBuf,
+    },
     /// The broker may not write to its folder.
     #[error("no permission to make socket {path}: choose a folder that you can write to")]
     Permission {
@@ -212,6 +220,9 @@ pub(super) fn in_use(path: PathBuf) -> SocketError {
 pub(super) fn failed(path: &Path, source: io::Error) -> SocketError {
     let path = path.to_owned();
     match source.kind() {
+        io::ErrorKind::NotFound if path.is_relative() && std::env::current_dir().is_err() => {
+            SocketError::NoWorkingFolder { path }
+        }
         io::ErrorKind::NotFound => match path.parent().unwrap_or(Path::new("/")) {
             folder if folder.exists() => SocketError::Other { path, source },
             folder => {

@@ -289,8 +289,9 @@ fn shared_region(
     eventfds: Vec<Vec<Arc<Notifier>>>,
 ) -> Result<SharedRegion, BrokerError> {
     let words = map(&memory, layout.region_size)?;
-    let read_only = memory::read_only(&memory)
-        .map_err(BrokerError::system("open the region's memory for reading"))?;
+    let read_only = memory::read_only(&memory).map_err(BrokerError::system(
+        "open the region's memory for reading, which needs /proc",
+    ))?;
     let (memory, read_only) = (Arc::new(memory), Arc::new(read_only));
     Ok(SharedRegion::new(
         layout, memory, read_only, words, eventfds,
