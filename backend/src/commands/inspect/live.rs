@@ -68,9 +68,9 @@ pub fn run(attachment: &Attachment) -> Result<()> {
         // well, and panic.
         std::mem::forget(terminal);
     }
-    match ended_by.load(Ordering::Relaxed) {
-        0 => outcome,
-        signal => signal_hook::low_level::emulate_default_handler(signal as i32)
+    match ended_by.load(Ordering::Relaxed).try_into() {
+        Ok(0) | Err(_) => outcome,
+        Ok(signal) => signal_hook::low_level::emulate_default_handler(signal)
             .context("cannot end by the signal"),
     }
 }
