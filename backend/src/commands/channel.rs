@@ -3,11 +3,10 @@
 //! The commands `barlink channel add` and `barlink channel list`.
 
 use anyhow::{Context, Result};
-use barlink::host::Added;
 use barlink::{Access, Channel};
 use barlink_cli::channel::{peer_name, policy_note};
 use barlink_cli::standard::print;
-use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS};
+use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS, MIN_CAPACITY, PAGE_SIZE};
 use indicatif::BinaryBytes;
 use serde::Serialize;
 
@@ -33,7 +32,8 @@ fn add(args: &AddChannel) -> Result<()> {
         offset: 0,
         capacity: plan.capacity,
     })?;
-    let text = format!("channel `{}` is added; {}\n", plan.name, left(added));
+    let left = left(true, added.entries, added.room);
+    let text = format!("channel `{}` is added; {left}\n", plan.name);
     // The exit code 1 alone would say that the channel was not added.
     print(text).with_context(|| {
         format!(
@@ -43,13 +43,19 @@ fn add(args: &AddChannel) -> Result<()> {
     })
 }
 
-/// Describes what remains for further channels.
-fn left(added: Added) -> String {
-    format!(
-        "room is left for {} more, of {} in all",
-        added.entries,
-        BinaryBytes(added.room)
-    )
+/// Describes what remains for further channels: entries of the table, and bytes of the reserve, if
+/// there is one.
+fn left(has_reserve: bool, entries: usize, room: u64) -> String {
+    // A channel takes its header page and its data area.
+    let smallest = room / (PAGE_SIZE + MIN_CAPACITY);
+    match usize::try_from(smallest).unwrap_or(usize::MAX).min(entries) {
+        0 if has_reserve => "no room is left for more channels".to_owned(),
+        0 => "no room is reserved for more channels".to_owned(),
+        most => format!(
+            "room is left for {most} more at most, of {} in all",
+            BinaryBytes(room)
+        ),
+    }
 }
 
 /// The output of `barlink channel list --json`.
@@ -121,13 +127,7 @@ fn list(args: &ListChannels) -> Result<()> {
             row.note
         ));
     }
-    let room = match list.room {
-        0 => "no room is reserved for more channels".to_owned(),
-        room => format!(
-            "room is left for {} more, of {} in all",
-            list.entries,
-            BinaryBytes(room)
-        ),
-    };
+    let has_reserve = attachment.layout().reserve_size > 0;
+    let room = left(has_reserve, list.entries, list.room);
     print(format!("{text}{room}\n"))
 }
