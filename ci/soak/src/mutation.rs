@@ -65,7 +65,7 @@ const CHANNELS: &str = "barlink-protocol::channels";
 const LOOM: &str = "barlink-protocol::loom";
 
 /// All mutations.
-pub const ALL: [Mutation; 14] = [
+pub const ALL: [Mutation; 16] = [
     Mutation {
         name: "host-does-not-ring",
         about: "a host app does not ring the guest",
@@ -230,6 +230,31 @@ pub const ALL: [Mutation; 14] = [
             (CHANNELS, "crash::killed_reset_blocks_ends_until_repeated"),
         ],
         untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "end-ignores-reset",
+        about: "a producer does not look for a reset behind its commit",
+        seconds: 100,
+        file: "protocol/src/producer.rs",
+        from: "self.region.load(self.base + channel::GENERATION) != self.generation",
+        to: "self.region.load(self.base + channel::GENERATION) < self.generation",
+        part: Changed::Protocol,
+        found_by: &[
+            (CHANNELS, "reset::waiting_ends_report_reset"),
+            (CHANNELS, "reset::refused_reset_detaches_end_for_good"),
+        ],
+        untouched: (CHANNELS, "ring::commit_clears_bytes_behind_payload"),
+    },
+    Mutation {
+        name: "count-before-entry",
+        about: "the count of the channel table is stored before the entry",
+        seconds: 100,
+        file: "protocol/src/table.rs",
+        from: "    for (index, channel) in layout.channels().iter().enumerate().skip(from) {\n",
+        to: "    release(TABLE_COUNT, layout.channels().len() as u64);\n    let release = |_: u64, _: u64| ();\n    for (index, channel) in layout.channels().iter().enumerate().skip(from) {\n",
+        part: Changed::Protocol,
+        found_by: &[(LOOM, "table::reader_takes_only_whole_entries")],
+        untouched: (LOOM, "ring::successor_of_consumer_misses_no_record"),
     },
     Mutation {
         name: "newest-is-overwritten",

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::message::{
-    Answer, Ask, InvalidRequest, MAX_COPY, MAX_PACKET, Refusal, Request, VERSION,
+    Answer, Ask, InvalidRequest, MAX_COPY, MAX_PACKET, Refusal, Reply, Request, VERSION,
 };
 
 type Names = BTreeSet<String>;
@@ -176,4 +176,36 @@ fn app_ignores_unknown_field_of_answer() {
 fn request_version_follows_layout_version() {
     let layouts = (layout::VERSION, layout::INCOMPATIBLE_FEATURES);
     assert_eq!((VERSION, layouts), (1, (2, 0)));
+}
+
+/// The fuzzer starts from these packets. One that is not understood shows it nothing.
+#[test]
+fn fuzz_targets_begin_with_understood_packets() {
+    let read = |target: &str| {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../ci/fuzz/corpus/");
+        let files = std::fs::read_dir(format!("{folder}{target}")).unwrap();
+        let texts: Vec<_> = files
+            .map(|file| std::fs::read(file.unwrap().path()).unwrap())
+            .collect();
+        assert!(texts.len() > 5, "{target}");
+        texts
+    };
+    let (mut asks, mut answers) = (Names::new(), Names::new());
+    for reply in read("replies") {
+        let text = String::from_utf8_lossy(&reply);
+        let answer = Reply::parse(&reply).unwrap_or_else(|e| panic!("{text}: {e}"));
+        if let Answer::Region(info) = &answer {
+            Layout::try_from(info).unwrap();
+        }
+        answers.insert(name(&serde_json::to_value(&answer).unwrap()));
+    }
+    for line in read("requests").join(&b'\n').split(|byte| *byte == b'\n') {
+        if let Some((b'0'..=b'9', request)) = line.split_first()
+            && let Ok(ask) = Request::parse(request)
+        {
+            asks.insert(name(&serde_json::to_value(&ask).unwrap()));
+        }
+    }
+    assert_eq!(asks, known::<Ask>());
+    assert_eq!(answers, known::<Answer>());
 }
