@@ -15,7 +15,7 @@ use super::deb::run;
 /// `$0`. The signature covers the module without its debug information, and the kernel checks it
 /// after it has unpacked the module.
 const FINISH: &str = r#"
-. "$0/include/config/auto.conf"
+. "$0/.config"
 strip --strip-debug "$1"
 [ ! -e /key ] || "$0/scripts/sign-file" "$CONFIG_MODULE_SIG_HASH" /key /certificate "$1"
 [ "${CONFIG_MODULE_COMPRESS_ALL-}" != y ] || [ "${CONFIG_MODULE_COMPRESS_XZ-}" != y ] ||
