@@ -54,6 +54,7 @@ use kernel::{
 };
 
 /// Page order of one entry of 2 MiB: 512 pages of 4 KiB.
+#[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
 const HUGE: c_uint = 9;
 
 /// `VM_MAYSHARE`. It is set in every area of a `MAP_SHARED` mapping, even if the file is read-only
@@ -72,6 +73,7 @@ const AREA_OPERATIONS: bindings::vm_operations_struct = bindings::vm_operations_
     mapped: Some(mapped),
     fault: Some(fault),
     access: Some(access),
+    #[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
     huge_fault: Some(huge_fault),
     ..pin_init::zeroed()
 };
@@ -463,9 +465,12 @@ pub(crate) fn check_access(area: &VmaRef, write: c_int) -> Result {
 /// because the whole region is registered with one. Where single pages were mapped, they stay
 /// single afterwards, because the kernel keeps their table.
 ///
+/// A kernel without `CONFIG_TRANSPARENT_HUGEPAGE` makes no entries of 2 MiB, and calls [`fault`].
+///
 /// # Safety
 ///
 /// Only for [`AREA_OPERATIONS`].
+#[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
 unsafe extern "C" fn huge_fault(fault: *mut bindings::vm_fault, order: c_uint) -> bindings::vm_fault_t {
     // SAFETY: The kernel passes a valid fault with its area, and the area keeps its file open.
     let (fault, area, file) = unsafe {

@@ -22,6 +22,12 @@ pub(super) const FOLDER: &str = "images/packaging";
 
 const SCRIPTS: [&str; 2] = ["postinst", "prerm"];
 
+/// Start of the source of a [`File`] that is a program.
+const PROGRAM: &str = "program:";
+
+/// The source of a [`File`] that stands for [`Common::modules`].
+const MODULES: &str = "modules:";
+
 /// A table of `images/packaging/packages.toml`, which explains each field.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +36,8 @@ pub(super) struct Package {
     architecture: String,
     depends: Vec<String>,
     recommends: Vec<String>,
+    #[serde(default)]
+    conflicts: Vec<String>,
     section: String,
     summary: String,
     details: String,
@@ -50,6 +58,8 @@ pub(super) struct Common {
     pub(super) words: HashMap<&'static str, String>,
     /// Paths of the programs.
     pub(super) programs: Built,
+    /// Folder with the built drivers, if these are to be packed.
+    pub(super) modules: Option<PathBuf>,
     /// Name and mail address of the maintainer.
     pub(super) maintainer: String,
     /// Date of all files, in seconds since 1970, and the same date as text.
@@ -57,6 +67,11 @@ pub(super) struct Common {
 }
 
 impl Package {
+    /// Returns whether the package holds built drivers.
+    pub(super) fn has_modules(&self) -> bool {
+        self.files.iter().any(|file| file.from == MODULES)
+    }
+
     /// Makes the package in `folder`, and returns its path.
     pub(super) fn build(&self, common: &Common, folder: &Path) -> Result<PathBuf> {
         let staging = tempfile::tempdir_in(folder)?;
@@ -82,7 +97,7 @@ impl Package {
         self.describe(common, &root)?;
         for entry in WalkDir::new(&root) {
             let entry = entry?;
-            set_mode(entry.path(), is_program(entry.path()))?;
+            set_mode(entry.path(), is_program(entry.path())?)?;
         }
 
         let version = common.word("VERSION")?;
@@ -146,6 +161,7 @@ impl Package {
         field("Installed-Size", &kilobytes.to_string())?;
         field("Depends", &common.fill(&self.depends.join(", ")))?;
         field("Recommends", &common.fill(&self.recommends.join(", ")))?;
+        field("Conflicts", &self.conflicts.join(", "))?;
         field("Section", &self.section)?;
         field("Priority", "optional")?;
         field("Description", &self.summary)?;
@@ -188,10 +204,10 @@ impl Common {
         let to = self.fill(&file.to);
         let sources = self.sources(&file.from)?;
         ensure!(!sources.is_empty(), "there is no {}", file.from);
-        for source in sources {
+        for (source, name) in sources {
             let mut target = root.join(&to);
             if to.ends_with('/') {
-                target.push(source.file_name().unwrap_or_default());
+                target.push(name);
             }
             fs::create_dir_all(target.parent().unwrap_or(root))?;
             let shown = || format!("{} cannot be packed", source.display());
@@ -200,39 +216,45 @@ impl Common {
                 fs::write(&target, self.fill(text))?;
             } else {
                 fs::write(&target, content)?;
+            }
+            if file.from.starts_with(PROGRAM) {
                 run(Command::new("strip").arg("--strip-unneeded").arg(&target))?;
             }
         }
         Ok(())
     }
 
-    fn sources(&self, from: &str) -> Result<Vec<PathBuf>> {
-        if let Some(name) = from.strip_prefix("program:") {
-            return Ok(vec![self.programs.program(name)?.to_owned()]);
-        }
-        let Some((folder, ending)) = from.split_once('*') else {
-            return Ok(vec![repository().join(from)]);
+    /// Returns the paths of files, and their names in a folder of the package.
+    fn sources(&self, from: &str) -> Result<Vec<(PathBuf, PathBuf)>> {
+        let (folder, ending) = if from == MODULES {
+            let folder = self.modules.clone();
+            (folder.context("no driver is built")?, "")
+        } else if let Some(name) = from.strip_prefix(PROGRAM) {
+            return Ok(vec![(self.programs.program(name)?.to_owned(), name.into())]);
+        } else if let Some((folder, ending)) = from.split_once('*') {
+            (repository().join(folder), ending)
+        } else {
+            let path = repository().join(from);
+            let name = path.file_name().unwrap_or_default().into();
+            return Ok(vec![(path, name)]);
         };
         let mut sources = Vec::new();
-        for entry in fs::read_dir(repository().join(folder))? {
-            let path = entry?.path();
-            if path.to_string_lossy().ends_with(ending) {
-                sources.push(path);
+        for entry in WalkDir::new(&folder).sort_by_file_name() {
+            let path = entry?.into_path();
+            if path.is_file() && path.to_string_lossy().ends_with(ending) {
+                let name = path.strip_prefix(&folder)?.to_owned();
+                sources.push((path, name));
             }
         }
-        sources.sort();
         Ok(sources)
     }
 }
 
 /// Returns whether a path needs the execute permission: a folder, a program or a script.
-fn is_program(path: &Path) -> bool {
+fn is_program(path: &Path) -> Result<bool> {
     let parent = path.parent().and_then(Path::file_name);
-    let parent = parent.unwrap_or_default().to_string_lossy();
-    let name = path.file_name().unwrap_or_default();
-    path.is_dir()
-        || ["bin", "sbin"].contains(&&*parent)
-        || parent == "DEBIAN" && SCRIPTS.iter().any(|script| name == *script)
+    let parent = parent.unwrap_or_default();
+    Ok(path.is_dir() || parent == "bin" || fs::read(path)?.starts_with(b"#!/"))
 }
 
 fn set_mode(path: &Path, program: bool) -> Result<()> {

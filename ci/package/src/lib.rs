@@ -5,8 +5,9 @@
 
 mod deb;
 mod manual;
+mod modules;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -16,7 +17,10 @@ use clap::Args;
 use serde::Deserialize;
 
 use self::deb::{Common, FOLDER, Package, run as output};
+pub use self::modules::{Modules, Signer};
 use barlink_sandbox::builds::{Programs, guest_programs, host_programs, repository, target_folder};
+use barlink_sandbox::setup;
+use barlink_sandbox::tools::ToolArgs;
 
 /// Options of the task.
 #[derive(Args, Debug)]
@@ -24,6 +28,46 @@ pub struct PackageArgs {
     /// Put the packages into this folder [default: target/debian]
     #[arg(long, value_name = "FOLDER")]
     pub output: Option<PathBuf>,
+
+    /// Also make the package barlink-modules, which has the built driver for Debian's kernels: of
+    /// each flavour in images/flavours.toml the newest one of each supported series that the mirror
+    /// has
+    #[arg(long)]
+    pub modules: bool,
+
+    /// With --modules, build only for the newest kernels whose version starts with VERSION, such as
+    /// 7.2
+    #[arg(long, value_name = "VERSION", requires = "modules")]
+    pub kernel: Option<String>,
+
+    /// With --modules, get Debian packages from this archive [default: the one in the host's apt
+    /// configuration]
+    #[arg(long, value_name = "URL", requires = "modules")]
+    pub mirror: Option<String>,
+
+    /// With --modules, sign the drivers for guests with Secure Boot, by a private key (PEM, without
+    /// a passphrase) and its certificate (DER)
+    #[arg(long, num_args = 2, value_names = ["KEY", "CERTIFICATE"], requires = "modules")]
+    pub sign: Vec<PathBuf>,
+}
+
+impl PackageArgs {
+    /// Returns the modules that are to be built, and sets up their kernels' sandboxes if needed.
+    fn modules(&self) -> Result<Option<Modules>> {
+        if !self.modules {
+            return Ok(None);
+        }
+        let signer = match &self.sign[..] {
+            [key, certificate] => Some(Signer::new(key, certificate)?),
+            _ => None,
+        };
+        let kernels = setup::ensure_all(&ToolArgs {
+            kernel: self.kernel.clone(),
+            mirror: self.mirror.clone(),
+            ..ToolArgs::default()
+        })?;
+        Ok(Some(Modules { kernels, signer }))
+    }
 }
 
 #[derive(Deserialize)]
@@ -38,19 +82,24 @@ pub fn run(args: &PackageArgs) -> Result<ExitCode> {
         Some(folder) => folder.clone(),
         None => target_folder()?.join("debian"),
     };
-    for package in build(&folder)?.values() {
+    for package in build(&folder, args.modules()?.as_ref())?.values() {
         println!("{}", package.display());
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Makes the packages in a folder, and returns their paths by name.
-pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
+/// Makes the packages in a folder, and returns their paths by name. Without modules there is no
+/// package barlink-modules.
+pub fn build(folder: &Path, modules: Option<&Modules>) -> Result<BTreeMap<String, PathBuf>> {
     let description = fs::read_to_string(repository().join(FOLDER).join("packages.toml"))?;
     let packages: Packages =
         toml::from_str(&description).context("images/packaging/packages.toml is malformed")?;
     let programs = host_programs(Programs::PACKAGED)?.and(guest_programs(Programs::PACKAGED)?);
     let host = programs.program("barlink")?;
+    let built = tempfile::tempdir()?;
+    if let Some(modules) = modules {
+        modules.build(built.path())?;
+    }
     let common = Common {
         words: [
             ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),
@@ -58,16 +107,19 @@ pub fn build(folder: &Path) -> Result<HashMap<String, PathBuf>> {
         ]
         .into(),
         programs,
+        modules: modules.map(|_| built.path().to_owned()),
         maintainer: packages.maintainer,
         date: date()?,
     };
     fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
-    let built = packages.package.iter().map(|package| {
+    let wanted = |package: &&Package| modules.is_some() || !package.has_modules();
+    let packages = packages.package.iter().filter(wanted);
+    let packages = packages.map(|package| {
         let path = package.build(&common, folder);
         let path = path.with_context(|| format!("{} cannot be made", package.name))?;
         Ok((package.name.clone(), path))
     });
-    built.collect()
+    packages.collect()
 }
 
 /// Returns the oldest version of the C library that a program runs with.

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use barlink_package as package;
+use barlink_package::{self as package, Modules};
 use barlink_sandbox::builds::{Artifacts, repository, target_folder};
 use barlink_sandbox::debian::{Debian, SHOWN};
 use barlink_vm::broker::Broker;
@@ -55,7 +55,7 @@ fn printed(output: Output) -> Result<String> {
 }
 
 /// Writes a disk image of the system, with the agent, a user, and a user of the group `barlink`.
-fn disk(debian: &Debian, disk: &Path) -> Result<()> {
+fn disk_image(debian: &Debian, disk: &Path) -> Result<()> {
     let script = format!(
         "install {SHOWN}/barlink-agent /usr/local/sbin/
          cp {SHOWN}/agent.service /etc/systemd/system/agent.service
@@ -68,6 +68,123 @@ fn disk(debian: &Debian, disk: &Path) -> Result<()> {
     printed(debian.write_image(disk, "3G")?).map(drop)
 }
 
+/// Makes a Debian that sees `folder`, with the agent's files in it.
+fn fresh(artifacts: &Artifacts, folder: &Path) -> Result<Debian> {
+    fs::copy(
+        artifacts.guest("barlink-agent")?,
+        folder.join("barlink-agent"),
+    )?;
+    fs::write(folder.join("agent.service"), AGENT)?;
+    Debian::fresh(&artifacts.args.tools, folder, folder)
+}
+
+/// Starts the system from its disk, with the broker's device and further options of QEMU.
+fn boot(
+    artifacts: &Artifacts,
+    debian: &Debian,
+    image: &Path,
+    broker: &Broker,
+    options: &[(&str, String)],
+) -> Result<Vm> {
+    let mut config = broker.vm()?;
+    let folder = image.parent().context("the disk has no folder")?;
+    config.paths.push(folder.to_owned());
+    config.boot_timeout = BOOT_TIMEOUT;
+    let drive = format!("file={},format=raw,if=virtio", image.display());
+    let kernel = "console=ttyS0 tsc=reliable no_timer_check root=/dev/vda rw".to_owned();
+    let own = [("-drive", drive), ("-append", kernel)];
+    for (option, value) in own.iter().chain(options) {
+        config
+            .arguments
+            .extend([(*option).to_owned(), value.clone()]);
+    }
+    let machine = artifacts.with_kernel(debian.release(), debian.kernel_image(), debian.initrd());
+    Vm::boot_with(&machine, &config)
+}
+
+/// Checks the cheapest way of `docs/install.md`: its time, its size, that udev loads the driver,
+/// and that a kernel without a driver gets the reason.
+#[test]
+fn built_driver_loads_on_clean_debian() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run, since only root can install a Debian into a folder");
+        return Ok(());
+    }
+    let artifacts = Artifacts::shared()?;
+    let folder = tempfile::tempdir_in(target_folder()?)?;
+    let modules = Modules {
+        kernels: vec![artifacts.tools.clone()],
+        signer: None,
+    };
+    let packages = package::build(folder.path(), Some(&modules))?;
+    let debian = fresh(artifacts, folder.path())?;
+    let release = debian.release();
+    let own = &artifacts.tools.release;
+    ensure!(
+        release == own,
+        "the Debian has kernel {release}, and the driver is for {own}"
+    );
+    let other = "6.12.1+deb13-amd64";
+    let kernels = format!("mkdir /lib/modules/{other}; touch /lib/modules/{other}/modules.dep");
+    printed(debian.run(&kernels)?)?;
+
+    let count = "dpkg-query --show | wc -l";
+    let before = printed(debian.run(count)?)?;
+    let here = format!("cd {SHOWN}\nsudo() {{ \"$@\"; }}\n");
+    let install = format!(
+        "{here}{}",
+        commands("# install the built driver in the guest\n")?
+    );
+    let start = Instant::now();
+    let output = printed(debian.run(&install)?)?;
+    let elapsed = start.elapsed();
+    ensure!(elapsed < Duration::from_secs(60), "it took {elapsed:?}");
+    let numbers = [before, printed(debian.run(count)?)?].map(|text| text.trim().parse::<u32>());
+    let [before, after] = numbers;
+    ensure!(after? == before? + 2, "further packages came: {output}");
+    let mut bytes = 0;
+    for name in ["barlink-guest", "barlink-modules"] {
+        bytes += fs::metadata(&packages[name])?.len();
+    }
+    let disk = "dpkg-query --show --showformat='${Installed-Size} KiB ${Package}, ' barlink-guest barlink-modules";
+    let disk = printed(debian.run(disk)?)?;
+    eprintln!("installed in {elapsed:.1?}: {bytes} bytes of packages; on disk {disk}");
+    ensure!(bytes < 10_000_000, "{bytes} bytes");
+    for line in [
+        format!("kernel {release} has its driver"),
+        format!(
+            "kernel {other} has no driver: none was built for it: boot one of these, or install \
+             barlink-dkms instead: {release}"
+        ),
+    ] {
+        ensure!(output.contains(&line), "no `{line}` in {output}");
+    }
+
+    let image = folder.path().join("disk.img");
+    disk_image(&debian, &image)?;
+    let broker = Broker::start(artifacts, &[])?;
+    let vm = boot(artifacts, &debian, &image, &broker, &[])?;
+    let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
+    eventually(|| run("test \"$(stat -c '%G %a' /dev/barlink0)\" = 'barlink 660'"))?;
+    ensure!(run("modinfo -n barlink")?.contains("/updates/barlink.ko"));
+    streams(&vm, &broker)?;
+    drop(vm);
+
+    // The other package of the driver replaces this one.
+    let replace = format!("cd {SHOWN}; apt-get install --yes ./barlink-dkms_*.deb");
+    let output = printed(debian.run(&replace)?)?;
+    ensure!(
+        output.contains("removed the driver from kernel"),
+        "{output}"
+    );
+    let left = format!(
+        "ls -d /lib/modules/{release}/updates/barlink* /usr/lib/barlink /usr/share/kernel/*/barlink* || true"
+    );
+    let left = debian.run(&left)?;
+    ensure!(left.stdout.is_empty(), "left behind: {left:?}");
+    printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?).map(drop)
+}
+
 #[test]
 fn packages_install_and_stream_on_clean_debian() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
@@ -76,13 +193,8 @@ fn packages_install_and_stream_on_clean_debian() -> Result<()> {
     }
     let artifacts = Artifacts::shared()?;
     let folder = tempfile::tempdir_in(target_folder()?)?;
-    package::build(folder.path())?;
-    fs::copy(
-        artifacts.guest("barlink-agent")?,
-        folder.path().join("barlink-agent"),
-    )?;
-    fs::write(folder.path().join("agent.service"), AGENT)?;
-    let debian = Debian::fresh(&artifacts.args.tools, folder.path(), folder.path())?;
+    package::build(folder.path(), None)?;
+    let debian = fresh(artifacts, folder.path())?;
     let release = debian.release();
 
     // Names the kernel explicitly, because it is not the running one.
@@ -103,7 +215,7 @@ fn packages_install_and_stream_on_clean_debian() -> Result<()> {
     manuals_are_there(&debian)?;
 
     let image = folder.path().join("disk.img");
-    disk(&debian, &image)?;
+    disk_image(&debian, &image)?;
     boots_and_streams(artifacts, &debian, &image)?;
 
     upgrades_keep_the_driver(&debian)?;
@@ -215,15 +327,7 @@ fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Re
     file.write_all(FOREIGN)?;
     file.set_len(1 << 20)?;
 
-    let mut config = broker.vm()?;
-    let folder = image.parent().context("the disk has no folder")?;
-    config.paths.push(folder.to_owned());
-    config.boot_timeout = BOOT_TIMEOUT;
-    for (option, value) in [
-        (
-            "-drive",
-            format!("file={},format=raw,if=virtio", image.display()),
-        ),
+    let options = [
         (
             "-object",
             format!(
@@ -232,15 +336,8 @@ fn boots_and_streams(artifacts: &Artifacts, debian: &Debian, image: &Path) -> Re
             ),
         ),
         ("-device", "ivshmem-plain,memdev=foreign,addr=1e".to_owned()),
-        (
-            "-append",
-            "console=ttyS0 tsc=reliable no_timer_check root=/dev/vda rw".to_owned(),
-        ),
-    ] {
-        config.arguments.extend([option.to_owned(), value]);
-    }
-    let machine = artifacts.with_kernel(debian.release(), debian.kernel_image(), debian.initrd());
-    let vm = Vm::boot_with(&machine, &config)?;
+    ];
+    let vm = boot(artifacts, debian, image, &broker, &options)?;
     let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
 
     // udev alone loads the driver, by the module's alias.

@@ -33,7 +33,13 @@ impl ModuleBuild<'_> {
                     enter = enter.bind_read_only(folder);
                 }
                 let mut make = enter.bind(self.output, self.output).run("make");
-                make.args(["KRUSTFLAGS=-Dwarnings", "KCFLAGS=-Werror"]);
+                // The module must not name folders of this machine.
+                let parent = self.source.parent().unwrap_or(self.source);
+                make.arg(format!(
+                    "KRUSTFLAGS=-Dwarnings --remap-path-prefix={}=barlink",
+                    parent.display()
+                ));
+                make.arg("KCFLAGS=-Werror");
                 (make, sandbox.headers())
             }
             Headers::Own(folder) => {

@@ -11,6 +11,8 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 const DATA: &str = include_str!("../../../images/sandbox.toml");
+/// Apart from [`DATA`], because a sandbox does not change with it.
+const FLAVOURS: &str = include_str!("../../../images/flavours.toml");
 
 /// A kind of system that is made from the data.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -70,6 +72,23 @@ impl Recipe {
     /// Reads the recipe that is compiled into this program.
     pub fn load() -> Result<Self> {
         toml::from_str(DATA).context("images/sandbox.toml is malformed")
+    }
+
+    /// Returns the recipes of sandboxes with the kernels of each flavour in `images/flavours.toml`.
+    pub fn of_flavours() -> Result<Vec<Self>> {
+        #[derive(Deserialize)]
+        struct Flavours {
+            flavours: Vec<String>,
+        }
+        let data: Flavours =
+            toml::from_str(FLAVOURS).context("images/flavours.toml is malformed")?;
+        let recipes = data.flavours.into_iter().map(|flavour| {
+            Ok(Self {
+                flavour,
+                ..Self::load()?
+            })
+        });
+        recipes.collect()
     }
 
     /// Returns [`HASH_DIGITS`] hexadecimal digits that depend on everything that goes into a
@@ -153,6 +172,8 @@ mod tests {
             let version = KernelVersion::parse(series).unwrap();
             assert_eq!(version.series(), *series);
         }
+        let flavours = Recipe::of_flavours().unwrap();
+        assert!(flavours.iter().any(|other| other.flavour == recipe.flavour));
         let [sandbox, debian] = Kind::ALL.map(|kind| recipe.hash(kind));
         assert_eq!(sandbox.len(), HASH_DIGITS);
         assert_ne!(sandbox, debian);

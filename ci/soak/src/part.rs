@@ -162,8 +162,8 @@ pub fn all() -> Result<Vec<Part>> {
         ),
         (
             "packages",
-            "the Debian packages on a clean Debian: installed, booted, upgraded, removed",
-            560,
+            "the Debian packages on a clean Debian: installed, booted, upgraded, removed, with dkms and built",
+            700,
             "package(barlink-package) & kind(test)",
         ),
         (

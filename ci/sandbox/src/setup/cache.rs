@@ -85,13 +85,15 @@ impl Cache {
         self.folder.join("programs")
     }
 
-    /// Lists the finished sandboxes of this recipe and kind, the preferred one first.
+    /// Lists the finished sandboxes of this recipe, its flavour and this kind, the preferred one
+    /// first.
     pub(super) fn sandboxes(&self, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandbox>> {
         let mut found = Vec::new();
         for folder in self.finished()? {
             if is_of(&folder, recipe, kind) {
                 let sandbox = read(&folder)?;
                 if let Some(version) = sandbox.version()
+                    && sandbox.manifest.release.ends_with(&recipe.flavour)
                     && let Some(rank) = recipe.rank(&version)
                 {
                     found.push((rank, Reverse(version), sandbox));

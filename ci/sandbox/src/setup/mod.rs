@@ -13,11 +13,14 @@ mod rootfs;
 mod stock;
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::slice;
 
 use anyhow::Result;
+use tempfile::TempDir;
 
 use self::cache::{Cache, Lock};
+use self::kernels::Kernel;
 pub use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
@@ -61,20 +64,85 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     }
     // Checks the arguments before the long work.
     Tools::check(args)?;
-    let sandbox = match finished(args)?.into_iter().next() {
-        Some(sandbox) => sandbox,
-        None => build(args, Kind::Sandbox)?,
+    Tools::with_sandbox(args, sandbox(args, &Recipe::load()?)?)
+}
+
+/// Returns a sandbox that `args` permits. It is made if needed.
+fn sandbox(args: &ToolArgs, recipe: &Recipe) -> Result<Sandbox> {
+    match finished_of(args, recipe, Kind::Sandbox)?.into_iter().next() {
+        Some(sandbox) => Ok(sandbox),
+        None => build(args, recipe, Kind::Sandbox),
+    }
+}
+
+/// Returns the tools of the newest kernel on the mirror of each supported series and flavour, and
+/// sets up sandboxes for them if needed. `args.kernel` restricts the versions. Prints each series
+/// of which the mirror has no kernel. An error if it has none at all.
+pub fn ensure_all(args: &ToolArgs) -> Result<Vec<Tools>> {
+    let mut all = Vec::new();
+    let mut missing = None;
+    for recipe in Recipe::of_flavours()? {
+        let kernels = on_mirror(args, &recipe)?;
+        let wanted = match &args.kernel {
+            Some(wanted) => slice::from_ref(wanted),
+            None => &recipe.series[..],
+        };
+        for version in wanted {
+            match kernels::choose(&kernels, &recipe, Some(version)) {
+                Ok(kernel) => {
+                    let args = ToolArgs {
+                        kernel: Some(kernel.version.to_string()),
+                        ..args.clone()
+                    };
+                    all.push(Tools::with_sandbox(&args, sandbox(&args, &recipe)?)?);
+                }
+                Err(error) => {
+                    eprintln!("{}: {error:#}", recipe.flavour);
+                    missing = Some(error);
+                }
+            }
+        }
+    }
+    match missing {
+        Some(error) if all.is_empty() => Err(error),
+        _ => Ok(all),
+    }
+}
+
+/// Returns the kernels of a flavour that the mirror has.
+fn on_mirror(args: &ToolArgs, recipe: &Recipe) -> Result<Vec<Kernel>> {
+    let cache = Cache::open()?;
+    let _lock = lock(&cache)?;
+    let steps = Steps::start(&cache.log())?;
+    host::prepare(&steps)?;
+    let settings = mirror::network_settings()?;
+    let index = TempDir::new()?;
+    steps.step(&format!("looking for kernels {}", recipe.flavour), || {
+        Ok(find(args, recipe, &settings, index.path())?.1)
+    })
+}
+
+/// Finds the first mirror that has backports. Returns the mirror and its kernels.
+fn find(
+    args: &ToolArgs,
+    recipe: &Recipe,
+    settings: &str,
+    work: &Path,
+) -> Result<(String, Vec<Kernel>)> {
+    let mirrors = match &args.mirror {
+        Some(mirror) => vec![mirror.clone()],
+        None => mirror::candidates()?,
     };
-    Tools::with_sandbox(args, sandbox)
+    kernels::first_available(&mirrors, recipe, settings, work)
 }
 
 /// Lists the finished sandboxes that `args` permits, the preferred one first.
 pub fn finished(args: &ToolArgs) -> Result<Vec<Sandbox>> {
-    finished_of(args, Kind::Sandbox)
+    finished_of(args, &Recipe::load()?, Kind::Sandbox)
 }
 
-fn finished_of(args: &ToolArgs, kind: Kind) -> Result<Vec<Sandbox>> {
-    let mut sandboxes = Cache::open()?.sandboxes(&Recipe::load()?, kind)?;
+fn finished_of(args: &ToolArgs, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandbox>> {
+    let mut sandboxes = Cache::open()?.sandboxes(recipe, kind)?;
     if let Some(wanted) = &args.kernel {
         sandboxes.retain(|sandbox| {
             sandbox
@@ -88,9 +156,10 @@ fn finished_of(args: &ToolArgs, kind: Kind) -> Result<Vec<Sandbox>> {
 /// Returns an installed Debian system without any part of barlink, in use until the file is closed.
 /// It is made if needed, for which this process must be root's.
 pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
-    let debian = match finished_of(args, Kind::Debian)?.into_iter().next() {
+    let recipe = Recipe::load()?;
+    let debian = match finished_of(args, &recipe, Kind::Debian)?.into_iter().next() {
         Some(debian) => debian,
-        None => build(args, Kind::Debian)?,
+        None => build(args, &recipe, Kind::Debian)?,
     };
     let hold = hold(&debian)?;
     Ok((debian, hold))
@@ -100,11 +169,10 @@ pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
 const ROOM: u64 = 3 << 30;
 
 /// Makes a sandbox, or waits until another process has made a suitable one.
-fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
-    let recipe = Recipe::load()?;
+fn build(args: &ToolArgs, recipe: &Recipe, kind: Kind) -> Result<Sandbox> {
     let cache = Cache::open()?;
     let lock = lock(&cache)?;
-    if let Some(sandbox) = finished_of(args, kind)?.into_iter().next() {
+    if let Some(sandbox) = finished_of(args, recipe, kind)?.into_iter().next() {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;
@@ -116,15 +184,9 @@ fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
     let settings = mirror::network_settings()?;
     let index = folder.join("index");
     let (mirror, kernel) = steps.step("looking for a kernel", || {
-        let mirrors = match &args.mirror {
-            Some(mirror) => vec![mirror.clone()],
-            None => mirror::candidates()?,
-        };
-        let (mirror, kernels) = kernels::first_available(&mirrors, &recipe, &settings, &index)?;
-        Ok((
-            mirror,
-            kernels::choose(&kernels, &recipe, args.kernel.as_deref())?,
-        ))
+        let (mirror, kernels) = find(args, recipe, &settings, &index)?;
+        let kernel = kernels::choose(&kernels, recipe, args.kernel.as_deref())?;
+        Ok((mirror, kernel))
     })?;
     fs::remove_dir_all(index)?;
 
@@ -135,7 +197,7 @@ fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
                 kernel.version
             );
             steps.step(&packages, || {
-                rootfs::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+                rootfs::build(&steps, recipe, &kernel, &mirror, &settings, folder)
             })?;
             let sandbox = Unfinished {
                 steps: &steps,
@@ -151,9 +213,9 @@ fn build(args: &ToolArgs, kind: Kind) -> Result<Sandbox> {
                 kernel.version
             );
             steps.step(&installing, || {
-                debian::build(&steps, &recipe, &kernel, &mirror, &settings, folder)
+                debian::build(&steps, recipe, &kernel, &mirror, &settings, folder)
             })?
         }
     };
-    cache.finish(unfinished, &recipe, kind, &manifest)
+    cache.finish(unfinished, recipe, kind, &manifest)
 }
