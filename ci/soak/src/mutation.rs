@@ -252,7 +252,7 @@ pub const ALL: [Mutation; 16] = [
         file: "protocol/src/table.rs",
         from: "    for (index, channel) in layout.channels().iter().enumerate().skip(from) {\n",
         to: "    release(TABLE_COUNT, layout.channels().len() as u64);\n    let release = |_: u64, _: u64| ();\n    for (index, channel) in layout.channels().iter().enumerate().skip(from) {\n",
-        part: Changed::Protocol,
+        part: Changed::Models,
         found_by: &[(LOOM, "table::reader_takes_only_whole_entries")],
         untouched: (LOOM, "ring::successor_of_consumer_misses_no_record"),
     },

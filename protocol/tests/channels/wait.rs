@@ -334,7 +334,7 @@ fn receiver_of_slow_stream_sleeps_once() {
 /// Shows that the pause between two frames is no slow stream: only the first record of a frame
 /// rings.
 #[test]
-fn pauses_of_fast_stream_are_no_slow_stream() {
+fn pauses_of_fast_stream_keep_back_off() {
     let (mut receiver, script) = receiver(Strategy::STREAM);
     for _ in 0..50 {
         script.goes_on(20_000 * MICROSECOND, 200 * MICROSECOND);
