@@ -120,10 +120,12 @@ fn is_filter(filters: &str) -> bool {
     };
     let parts = filters.split('/').next().unwrap_or_default().split(',');
     let mut parts = parts.map(str::trim).filter(|part| !part.is_empty());
-    parts.all(|part| match part.split_once('=') {
+    let is_part = |part: &str| match part.split_once('=') {
         Some((_, level)) => is_level(level.trim()),
         None => is_level(part) || is_module(part),
-    })
+    };
+    // Without any part, `env_logger` shows errors alone.
+    parts.next().is_some_and(is_part) && parts.all(is_part)
 }
 
 /// Warns that RUST_LOG has no effect, because it is no filter.

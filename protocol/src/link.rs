@@ -469,7 +469,7 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> Link<M, E> {
             }
             let now = self.events.now();
             if now >= next_check {
-                self.events.check_device().map_err(ChannelError::Events)?;
+                self.events.check_device().map_err(ChannelError::Device)?;
                 next_check = now.saturating_add(LONGEST_UNCHECKED);
             }
             if now >= end || self.read_peer() != self.peer {

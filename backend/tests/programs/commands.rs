@@ -202,6 +202,8 @@ fn invalid_log_filter_has_no_effect() {
         ("%%%", false),
         ("verbose", false),
         ("info,barlink=loud", false),
+        (",", false),
+        ("/serving", false),
         ("info,vhost=debug", true),
         ("barlink_broker,barlink=info", true),
     ] {

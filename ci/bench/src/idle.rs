@@ -18,8 +18,10 @@ use super::host::{TRIP, start};
 use super::scene::{Load, Scene, Side};
 use barlink_vm::broker::Transport;
 
-/// Time until ends that have exchanged records sleep.
-const SETTLE: Duration = Duration::from_millis(500);
+/// Time until ends that have exchanged records sleep for good. In a guest, an end that has slept for
+/// a second asks once whether the broker is alive, which wakes the host's ends, and looks for the
+/// answer a second later (`docs/protocol.md`, 3.11).
+const SETTLE: Duration = Duration::from_millis(2500);
 
 /// The processor time that processes used while a pair of ends slept.
 #[derive(Clone, Debug, Serialize)]

@@ -80,7 +80,7 @@ const TRIP_SIZES: [u64; 3] = [64, 4 << 10, 64 << 10];
 const TIME: Duration = Duration::from_secs(14 * 60);
 const QUICK_TIME: Duration = Duration::from_secs(105);
 /// Overhead of the measurement of one pair of ends that sleep.
-const IDLE_COST: Duration = Duration::from_secs(3);
+const IDLE_COST: Duration = Duration::from_secs(5);
 
 /// The options of `cargo xtask bench`.
 #[derive(Args, Debug)]

@@ -71,6 +71,8 @@ struct Extent {
     size: u64,
     /// Bytes below that size that were not read yet.
     left: u64,
+    /// The same before the last read.
+    had: u64,
     /// Whether the file is of a pseudo file system, whose size does not tell.
     is_pseudo: bool,
     /// Whether the file was read.
@@ -94,6 +96,7 @@ impl Extent {
                 self.size = self.size.max(size);
             }
         }
+        self.had = self.left;
         self.left = self.left.saturating_sub(length);
         self.ends_early &= length == 0;
     }
@@ -113,6 +116,7 @@ impl Source {
             (Some(size), _) => Known::File(Extent {
                 size,
                 left: size.saturating_sub(region::seek(fd, 0).unwrap_or(0)),
+                had: 0,
                 is_pseudo: region::is_pseudo(fd),
                 was_read: false,
                 ends_early: false,
@@ -232,23 +236,18 @@ impl Source {
             }
             return Ok(packets.take(buffer));
         }
-        let extent = |known: &Known| match known {
-            Known::File(file) => Some((file.left, file.size)),
-            _ => None,
-        };
-        let before = extent(&self.known);
-        if matches!(before, Some((0, _))) && self.grows() {
+        if matches!(&self.known, Known::File(file) if file.left == 0) && self.grows() {
             return Ok(0);
         }
         let length = self.read_direct(buffer)?;
-        // The first read can have told the size.
-        let left = before.zip(extent(&self.known));
-        let left = left.map(|((left, before), (_, size))| left + (size - before));
-        match left {
-            Some(left) if length as u64 > left && self.grows() => {
-                let more = length as u64 - left;
+        let had = match &self.known {
+            Known::File(file) => file.had,
+            _ => return Ok(length),
+        };
+        match (length as u64).checked_sub(had) {
+            Some(more) if more > 0 && self.grows() => {
                 region::seek(self.fd, -more.cast_signed());
-                Ok(left as usize)
+                Ok(had as usize)
             }
             _ => Ok(length),
         }
@@ -344,6 +343,7 @@ mod tests {
             source.known = Known::File(Extent {
                 size: 1000,
                 left: 4000,
+                had: 0,
                 is_pseudo,
                 was_read: false,
                 ends_early: false,

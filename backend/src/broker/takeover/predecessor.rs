@@ -25,6 +25,7 @@ pub struct Predecessor {
 impl Predecessor {
     /// Asks the broker at a control socket for its descriptors.
     pub fn ask(path: &Path) -> Result<Self, ControlError> {
+        let process = process_at(path).ok().flatten();
         let control = Control::connect(path).map_err(|error| match error {
             ControlError::NoBroker { path } => ControlError::NoBrokerToReplace { path },
             error => error,
@@ -32,7 +33,7 @@ impl Predecessor {
         let mut inheritance = Inheritance::new();
         loop {
             let asked = control.ask(Ask::HandOver);
-            let (answer, descriptors) = asked.map_err(explain)?;
+            let (answer, descriptors) = asked.map_err(|error| explain(error, process))?;
             match answer {
                 Answer::Inheritance { names, last } if names.len() == descriptors.len() => {
                     inheritance.extend(names.into_iter().zip(descriptors));
@@ -59,8 +60,9 @@ impl Predecessor {
 
 /// Returns the cause of an error of the request to hand over. A broker that was replaced closes the
 /// connections that it has not served, as if it rejected them. But a broker that rejects this
-/// process answers it no question.
-fn explain(error: ControlError) -> ControlError {
+/// process answers it no question, and `asked`, the process that was asked to hand over, rejected
+/// it for another reason if it serves still.
+fn explain(error: ControlError, asked: Option<u32>) -> ControlError {
     let ControlError::Rejected { path } = error else {
         return error;
     };
@@ -68,20 +70,72 @@ fn explain(error: ControlError) -> ControlError {
         if question > 0 {
             std::thread::sleep(PAUSE);
         }
-        let asked = Control::connect(&path).and_then(|control| control.ask(Ask::Status));
-        match asked {
-            Ok((Answer::Status(status), _)) => {
-                let process = status.broker;
-                return ControlError::Replaced { path, process };
-            }
+        match process_at(&path) {
+            Ok(Some(process)) if asked == Some(process) => break,
+            Ok(Some(process)) => return ControlError::Replaced { path, process },
             // The successor is replaced in its turn, or does not listen yet.
             Err(
                 ControlError::Rejected { .. }
                 | ControlError::Ended { .. }
                 | ControlError::NoBroker { .. },
             ) => (),
-            Ok(_) | Err(_) => break,
+            Ok(None) | Err(_) => break,
         }
     }
     ControlError::Rejected { path }
+}
+
+/// Asks the broker at a control socket for its process, over a connection of its own: a broker
+/// hands over the connections that have asked it for anything else.
+fn process_at(path: &Path) -> Result<Option<u32>, ControlError> {
+    let (answer, _) = Control::connect(path)?.ask(Ask::Status)?;
+    Ok(match answer {
+        Answer::Status(status) => Some(status.broker),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+    use super::*;
+
+    /// Listens as a broker that hands over to no process, such as one without a free descriptor.
+    /// Each answer about its status names the next process.
+    fn refusing_broker(path: &Path, mut processes: impl Iterator<Item = u32> + Send + 'static) {
+        let (unix, packets) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let socket = rustix::net::socket_with(unix, packets, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+        rustix::net::listen(&socket, 8).unwrap();
+        std::thread::spawn(move || {
+            while let Ok(client) = rustix::net::accept(&socket) {
+                let mut request = [0; 256];
+                let length = rustix::io::read(&client, &mut request).unwrap_or(0);
+                if !request[..length].windows(6).any(|part| part == b"status") {
+                    continue;
+                }
+                let process = processes.next().unwrap();
+                let status = format!(
+                    r#"{{"version":1,"answer":{{"status":{{"broker":{process},"epoch":1,"uptime":1.0,"slots":[],"claims":[]}}}}}}"#
+                );
+                rustix::io::write(&client, status.as_bytes()).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn only_another_process_is_a_successor() {
+        let folder = tempfile::tempdir().unwrap();
+        let ask = |name: &str, processes: [u32; 2]| {
+            let path = folder.path().join(name);
+            refusing_broker(&path, processes.into_iter().cycle());
+            Predecessor::ask(&path).map(drop).unwrap_err()
+        };
+        let error = ask("same", [7, 7]);
+        assert!(matches!(error, ControlError::Rejected { .. }), "{error}");
+        let error = ask("other", [7, 8]);
+        let is_named = matches!(error, ControlError::Replaced { process: 8, .. });
+        assert!(is_named, "{error}");
+    }
 }
