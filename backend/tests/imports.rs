@@ -217,6 +217,7 @@ const CLIENT: Parts = &[
     ("event_error", &["error_kind"]),
     ("removal", &["memory", "event_error"]),
     ("timer", &["event_error", "process"]),
+    ("vectors", &["event_error"]),
     ("region", &["error_kind", "memory"]),
     (
         "control",
@@ -293,7 +294,10 @@ const CLIENT: Parts = &[
         ],
     ),
     ("host/claim", &["control"]),
-    ("host/events", &["notifier", "event_error", "host/claim"]),
+    (
+        "host/events",
+        &["notifier", "event_error", "vectors", "host/claim"],
+    ),
     (
         "doorbell",
         &[
