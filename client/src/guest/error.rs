@@ -11,7 +11,7 @@ use barlink_protocol::wire::uapi;
 use crate::error_kind::ErrorKind;
 use crate::event_error::LOST;
 use crate::guest::cache::Cache;
-use crate::guest::sysfs::error::SysfsError;
+use crate::guest::direct::sysfs::error::SysfsError;
 use crate::memory::Access;
 
 /// The reason why a device cannot be used.

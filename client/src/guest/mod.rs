@@ -21,12 +21,12 @@ mod buffer;
 mod cache;
 mod calls;
 mod device;
+pub(crate) mod direct;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
 pub(crate) mod interface;
 mod node;
-pub(crate) mod sysfs;
 mod watch;
 
 use std::path::Path;
@@ -35,9 +35,9 @@ pub use barlink_protocol::wire::uapi::{CacheMode, Info, MAX_BUFFER};
 pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
+pub use direct::sysfs::error::SysfsError;
 pub use error::DeviceError;
 pub use find::nodes;
-pub use sysfs::error::SysfsError;
 pub use watch::BrokerWatch;
 
 use crate::error::Error;

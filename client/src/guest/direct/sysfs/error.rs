@@ -76,13 +76,13 @@ pub enum SysfsError {
     /// Several devices have no driver.
     #[error(
         "no barlink device at {path}, and several without a driver: choose one by --device {}",
-        addresses.iter().map(|address| format!("sysfs:{address}")).collect::<Vec<_>>().join(" or --device ")
+        devices.join(" or --device ")
     )]
     Several {
         /// The path that the program asked for.
         path: PathBuf,
-        /// The addresses.
-        addresses: Vec<String>,
+        /// The texts by which a program names them.
+        devices: Vec<String>,
     },
     /// This user may not open the device's files in sysfs.
     #[error(
@@ -103,6 +103,8 @@ pub enum SysfsError {
     LockedDown {
         /// The path.
         path: PathBuf,
+        /// The address.
+        address: String,
     },
     /// The device does not answer at the addresses of its memory.
     #[error(

@@ -5,10 +5,13 @@
 
 use std::os::unix::fs::{FileExt, symlink};
 
-use barlink_protocol::wire::layout::{Channel, Name, Policy};
+use barlink_protocol::wire::layout::{Channel, End, Layout, Name, Policy, presence};
 use tempfile::TempDir;
 
 use super::*;
+use crate::guest::direct::session::{Claim, ClaimFault};
+use crate::memory::RingRegion;
+use crate::removal::Removable;
 
 const ADDRESS: &str = "0000:01:00.0";
 const SIZE: u64 = 1 << 20;
@@ -91,7 +94,7 @@ impl Fake {
 
     fn open(&self, access: Access, cache: Cache) -> Result<Arc<Session>, String> {
         let address = ADDRESS.parse().unwrap();
-        let opened = Session::open_in(self.0.path(), address, access, cache);
+        let opened = open_in(self.0.path(), address, access, cache);
         let opened = opened.map(|(session, _)| Arc::new(session));
         opened.map_err(|error| error.to_string())
     }
