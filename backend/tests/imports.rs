@@ -227,6 +227,7 @@ const CLIENT: Parts = &[
     ("guest/buffer", &["memory", "region"]),
     ("guest/cache", &["memory", "guest/calls"]),
     ("guest/direct/sysfs/error", &["error_kind", "memory"]),
+    ("guest/direct/vfio/error", &["error_kind"]),
     (
         "guest/error",
         &[
@@ -235,6 +236,7 @@ const CLIENT: Parts = &[
             "event_error",
             "guest/cache",
             "guest/direct/sysfs/error",
+            "guest/direct/vfio/error",
         ],
     ),
     ("guest/find", &["guest/error"]),
@@ -257,6 +259,7 @@ const CLIENT: Parts = &[
             "removal",
             "guest/cache",
             "guest/direct/sysfs/error",
+            "guest/direct/vfio/error",
             "guest/error",
         ],
     ),

@@ -8,21 +8,25 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::guest::direct::sysfs::error::SysfsError;
+use crate::guest::direct::vfio;
 
 /// The kernel's interface to a device without a driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// The files of the device's folder in sysfs.
     Sysfs,
+    /// The driver `vfio-pci`.
+    Vfio,
 }
 
 impl Way {
-    const ALL: [Way; 1] = [Way::Sysfs];
+    const ALL: [Way; 2] = [Way::Sysfs, Way::Vfio];
 
     /// Returns the text before an address by which a program names the device.
     const fn prefix(self) -> &'static str {
         match self {
             Way::Sysfs => "sysfs:",
+            Way::Vfio => "vfio:",
         }
     }
 
@@ -31,6 +35,7 @@ impl Way {
     pub(super) fn by_driver(driver: Option<&str>) -> Option<Self> {
         match driver {
             None => Some(Way::Sysfs),
+            Some(vfio::DRIVER) => Some(Way::Vfio),
             Some(_) => None,
         }
     }
@@ -144,6 +149,7 @@ mod tests {
         }
         assert_eq!(named("sysfs:01:00.0"), Some((Way::Sysfs, Some(address))));
         assert_eq!(named("sysfs:vm1"), Some((Way::Sysfs, None)));
+        assert_eq!(named("vfio:01:00.0"), Some((Way::Vfio, Some(address))));
         assert_eq!(named("/dev/barlink0"), None);
         assert_eq!(named("vm1"), None);
         assert_eq!(Way::Sysfs.name(address), "sysfs:0000:01:00.0");

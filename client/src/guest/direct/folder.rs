@@ -72,6 +72,11 @@ impl Folder {
         Ok(folder)
     }
 
+    /// Returns the path of the folder, where another device can be by now.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Returns the name of the driver that has the device.
     pub(super) fn driver(&self) -> Result<Option<String>, DeviceError> {
         self.link("driver")

@@ -2,7 +2,7 @@
 
 //! A device without its driver. What the driver does for all programs of the guest, each program
 //! does for itself: it checks the superblock, and writes the presence page of the slot and the
-//! claims (`session.rs`). The kernel's interface to the device is [sysfs].
+//! claims (`session.rs`). The kernel's interface to the device is [sysfs] or [VFIO](vfio).
 
 mod address;
 mod find;
@@ -10,6 +10,7 @@ mod folder;
 mod locks;
 mod session;
 pub(crate) mod sysfs;
+pub(crate) mod vfio;
 
 pub(crate) use self::address::PciAddress;
 pub(crate) use self::find::{Opened, choose, named, open};

@@ -346,7 +346,7 @@ fn refuses_devices_that_are_not_barlinks() {
             &|fake: &Fake| symlink("../../drivers/barlink", fake.path("driver")).unwrap(),
         ),
         (
-            "(echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind)",
+            "use vfio:0000:01:00.0, or take the device from it (echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind)",
             &|fake: &Fake| symlink("../../drivers/vfio-pci", fake.path("driver")).unwrap(),
         ),
         ("cannot be used", &|fake: &Fake| fake.store(0, 0)),
