@@ -208,6 +208,23 @@ impl Tools {
         Ok(())
     }
 
+    /// Finds a module of the kernel by its path below `kernel/`, such as `drivers/vfio/vfio.ko`. The
+    /// file can be compressed.
+    pub fn module(&self, name: &str) -> Result<PathBuf> {
+        // The image is in `boot/`, as its package has it, or the kernel is installed here.
+        let root = self.kernel_image.ancestors().nth(2);
+        let root = root.unwrap_or(Path::new("/"));
+        let folders = [root.join("usr"), root.to_owned(), "/".into()];
+        let release = &self.release;
+        let candidates = folders.iter().flat_map(|folder| {
+            let path = folder.join(format!("lib/modules/{release}/kernel/{name}"));
+            ["", ".xz", ".zst"].map(|end| PathBuf::from(format!("{}{end}", path.display())))
+        });
+        let mut candidates = candidates;
+        let found = candidates.find(|path| path.is_file());
+        found.with_context(|| format!("the kernel {release} has no module {name}"))
+    }
+
     /// Returns the sandbox's tools, with the user's own in place of those that `args` names.
     pub fn with_sandbox(args: &ToolArgs, sandbox: Sandbox) -> Result<Self> {
         let mut tools = Self {
