@@ -211,16 +211,17 @@ impl Tools {
     /// Finds a module of the kernel by its path below `kernel/`, such as `drivers/vfio/vfio.ko`. The
     /// file can be compressed.
     pub fn module(&self, name: &str) -> Result<PathBuf> {
-        // The image is in `boot/`, as its package has it, or the kernel is installed here.
-        let root = self.kernel_image.ancestors().nth(2);
-        let root = root.unwrap_or(Path::new("/"));
-        let folders = [root.join("usr"), root.to_owned(), "/".into()];
+        // The image is beside the modules, or in `boot/`, or the kernel is installed here.
         let release = &self.release;
-        let candidates = folders.iter().flat_map(|folder| {
-            let path = folder.join(format!("lib/modules/{release}/kernel/{name}"));
+        let modules = format!("lib/modules/{release}");
+        let mut folders = self.kernel_image.ancestors().skip(1);
+        let beside = folders.next().unwrap_or(Path::new("/"));
+        let root = folders.next().unwrap_or(Path::new("/"));
+        let folders = [beside, &root.join(&modules), &Path::new("/").join(&modules)];
+        let mut candidates = folders.iter().flat_map(|folder| {
+            let path = folder.join("kernel").join(name);
             ["", ".xz", ".zst"].map(|end| PathBuf::from(format!("{}{end}", path.display())))
         });
-        let mut candidates = candidates;
         let found = candidates.find(|path| path.is_file());
         found.with_context(|| format!("the kernel {release} has no module {name}"))
     }

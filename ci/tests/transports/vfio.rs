@@ -153,6 +153,8 @@ fn idle_end_sleeps(broker: &Broker, vm: &Vm) -> Result<()> {
 
 /// Shows that a second program gets an error, and that the device of a killed one is free.
 fn killed_program_frees_device(broker: &Broker, vm: &Vm, named: &str) -> Result<()> {
+    let up = || -> Result<Value> { Ok(broker.inspect()?["channels"][0].clone()) };
+    let before = up()?["records"].as_u64();
     let first = vm.spawn(["barlink-guest", "send"])?;
     wait_for_holder(broker, "up", "producer", true)?;
     let second = vm.run(["barlink-guest", "--device", named, "info"])?;
@@ -165,8 +167,8 @@ fn killed_program_frees_device(broker: &Broker, vm: &Vm, named: &str) -> Result<
     first.write(b"half")?;
     let receiver = receive(broker, "up")?;
     wait_until("the first bytes are released", || {
-        let channel = &broker.inspect()?["channels"][0];
-        Ok(channel["records"] == 1 && channel["fill"] == 0)
+        let channel = up()?;
+        Ok(channel["records"].as_u64() > before && channel["fill"] == 0)
     })?;
     first.kill(Signal::KILL)?;
     first.wait(COMMAND_TIMEOUT)?;
@@ -198,6 +200,7 @@ fn removal_ends_program_by_vfio() -> Result<()> {
     );
     let remove = format!("echo 1 >{folder}/remove");
     let mut receiver = App::start(&mut broker.app(["recv", "-o", "/dev/null"]))?;
+    // The kernel waits for the program, which releases its end first.
     for (command, order) in [
         // An end that does not sleep, a tap, and an end that sleeps.
         ("send /dev/zero", &unbind),
@@ -208,10 +211,14 @@ fn removal_ends_program_by_vfio() -> Result<()> {
         let program = vm.spawn(words.into_iter().chain(command.split(' ')))?;
         match command {
             "recv" => wait_for_holder(&broker, "down", "consumer", true)?,
-            "tail up" => thread::sleep(Duration::from_secs(2)),
-            _ => wait_for_holder(&broker, "up", "producer", true)?,
+            // The program has asked for the broker, for which it begins an epoch.
+            "tail up" => wait_until("the tap is there", || {
+                Ok(broker.inspect()?["guests"][0]["present"] == true)
+            })?,
+            _ => wait_until("the stream has begun", || {
+                Ok(broker.inspect()?["channels"][0]["records"].as_u64() > Some(0))
+            })?,
         }
-        // The kernel waits for the program.
         vm.run(["sh", "-c", order])?.require_success()?;
         let ended = program.wait(COMMAND_TIMEOUT)?;
         let errors = String::from_utf8_lossy(&ended.stderr);

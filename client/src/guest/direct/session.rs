@@ -40,6 +40,10 @@ pub(super) trait Handle: Debug + Send + Sync {
     /// Returns whether the device is removed, or has to be given back.
     fn is_removed(&self) -> Result<bool, Errno>;
 
+    /// Returns whether a device that has to be given back keeps its memory until this process gives
+    /// it back.
+    fn keeps_memory(&self) -> bool;
+
     /// Sleeps for a time, or until the device is removed where the kernel says so. It can be
     /// shorter.
     fn sleep(&self, time: Duration) -> Result<(), Errno>;
@@ -318,9 +322,9 @@ impl Session {
         let mut state = self.state();
         // Without the lock, the next sweep of any session clears the word.
         let lock = self.locks.as_ref().map(Locks::lock).transpose();
-        let is_gone = self.is_gone_or_lost().unwrap_or(true);
+        let can_write = self.can_leave().unwrap_or(false);
         let holder = std::mem::take(&mut state.holders[channel][end as usize]);
-        if lock.is_ok() && !is_gone && self.page.holder(channel, end) == holder {
+        if lock.is_ok() && can_write && self.page.holder(channel, end) == holder {
             self.page.set_holder(channel, end, 0);
             if let Some(entry) = state.layout.channels().get(channel) {
                 self.ring_other(entry, end);
@@ -400,12 +404,20 @@ impl Session {
     /// reset. The kernel can take the memory from all programs when a driver comes, so the page is
     /// looked at last. A device that has lost its region, and with it the epoch, is not gone.
     fn is_gone(&self) -> Result<bool, Errno> {
-        if self.handle.is_removed()? {
-            return Ok(true);
-        }
+        let is_removed = self.handle.is_removed()?;
+        Ok(is_removed || self.has_other_epoch() && !removal::is_lost(&self.superblock))
+    }
+
+    /// Returns whether the page has another epoch than this session's.
+    fn has_other_epoch(&self) -> bool {
         let epoch = self.epoch.get();
-        let has_other_epoch = epoch.is_some_and(|epoch| self.page.epoch() != *epoch);
-        Ok(has_other_epoch && !removal::is_lost(&self.superblock))
+        epoch.is_some_and(|epoch| self.page.epoch() != *epoch)
+    }
+
+    /// Returns whether the session can remove its own words from the page.
+    fn can_leave(&self) -> Result<bool, Errno> {
+        let has_memory = self.handle.keeps_memory() || !self.handle.is_removed()?;
+        Ok(has_memory && !self.has_other_epoch() && !removal::is_lost(&self.superblock))
     }
 
     /// Returns whether the device is gone or has lost its region, so that its memory must not be
@@ -482,7 +494,7 @@ impl Drop for Session {
         let Ok(_lock) = self.locks.as_ref().map(Locks::lock).transpose() else {
             return;
         };
-        let Ok(false) = self.is_gone_or_lost() else {
+        let Ok(true) = self.can_leave() else {
             return;
         };
         // First, so that of two sessions that end at one time the second one sees no other.

@@ -118,6 +118,10 @@ impl Handle for Files {
         Ok(is_removed || self.folder.has_driver())
     }
 
+    fn keeps_memory(&self) -> bool {
+        false
+    }
+
     fn sleep(&self, time: Duration) -> Result<(), Errno> {
         removal::wait(&self.config, Some(time.min(LOOK))).map(drop)
     }

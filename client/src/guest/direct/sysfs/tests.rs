@@ -395,12 +395,18 @@ fn sessions_share_one_cache_mode() {
 }
 
 #[test]
-fn candidates_are_devices_without_driver() {
+fn driver_decides_interface_to_candidates() {
     let fake = Fake::new();
-    let found = || folder::candidates(fake.0.path()).len();
+    let found = || {
+        let found = folder::candidates(fake.0.path()).into_iter();
+        found.map(|(_, way)| way).collect::<Vec<_>>()
+    };
     std::fs::create_dir(fake.0.path().join("0000:02:00.0")).unwrap();
     std::fs::create_dir(fake.0.path().join("other")).unwrap();
-    assert_eq!(found(), 1);
-    symlink("../../drivers/barlink", fake.path("driver")).unwrap();
-    assert_eq!(found(), 0);
+    assert_eq!(found(), [Way::Sysfs]);
+    for (driver, ways) in [("vfio-pci", &[Way::Vfio][..]), ("barlink", &[])] {
+        symlink(format!("../../drivers/{driver}"), fake.path("driver")).unwrap();
+        assert_eq!(found(), ways);
+        std::fs::remove_file(fake.path("driver")).unwrap();
+    }
 }

@@ -113,6 +113,10 @@ impl Handle for Device {
         self.request.has_come()
     }
 
+    fn keeps_memory(&self) -> bool {
+        true
+    }
+
     fn sleep(&self, time: Duration) -> Result<(), Errno> {
         // The broker can end the epoch at any time, and no signal says so.
         self.request.wait(time.min(removal::LOOK))
