@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Tools;
-use barlink_vm::broker::Broker;
+use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use barlink_vm_tests::run;
 use rustix::process::Signal;
@@ -172,6 +172,10 @@ fn killed_program_frees_device(broker: &Broker, vm: &Vm, named: &str) -> Result<
     })?;
     first.kill(Signal::KILL)?;
     first.wait(COMMAND_TIMEOUT)?;
+    if TRANSPORT == Transport::VfioUser {
+        // The kernel has reset the device, which the broker sees.
+        wait_for_holder(broker, "up", "producer", false)?;
+    }
     vm.run(["barlink-guest", "poke", "x"])?.require_success()?;
     ensure!(receiver.end()? == (Some(5), b"half".to_vec()));
     let receiver = receive(broker, "up")?;
