@@ -205,9 +205,9 @@ impl Mapping {
         Ok(Self::finish(pages))
     }
 
-    /// Maps as [`Mapping::map_behind`] does, from an offset in the file on, a whole number of pages,
-    /// and without unmapping a part of a mapping of the file. Linux 6.1 forgets the cache modes of
-    /// device memory that is unmapped in parts.
+    /// Maps as [`Mapping::map_behind`] does, from an offset in the file on, a whole number of
+    /// pages, and without unmapping a part of a mapping of the file. Linux 6.1 forgets the cache
+    /// modes of device memory that is unmapped in parts.
     pub(crate) fn map_apart(
         file: impl AsFd,
         start_in_file: u64,

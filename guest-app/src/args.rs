@@ -20,8 +20,8 @@ pub struct Cli {
     /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
     /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
     /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver;
-    /// vfio:0000:01:00.0 the same by VFIO, for one program at a time [default: /dev/barlink0, with a
-    /// warning if there are further devices, or where that is missing the only device without a
+    /// vfio:0000:01:00.0 the same by VFIO, for one program at a time [default: /dev/barlink0, with
+    /// a warning if there are further devices, or where that is missing the only device without a
     /// driver]
     #[arg(long, global = true, help_heading = "Device", value_name = "DEVICE")]
     pub device: Option<PathBuf>,

@@ -208,8 +208,8 @@ impl Tools {
         Ok(())
     }
 
-    /// Finds a module of the kernel by its path below `kernel/`, such as `drivers/vfio/vfio.ko`. The
-    /// file can be compressed.
+    /// Finds a module of the kernel by its path below `kernel/`, such as `drivers/vfio/vfio.ko`.
+    /// The file can be compressed.
     pub fn module(&self, name: &str) -> Result<PathBuf> {
         // The image is beside the modules, or in `boot/`, or the kernel is installed here.
         let release = &self.release;

@@ -46,9 +46,9 @@ use crate::memory::Access;
 
 /// Opens a device by its path, mostly `/dev/barlink0`, or by the name of its region's broker. A
 /// text without a `/` is a name. `sysfs:0000:01:00.0` and `vfio:0000:01:00.0` name a device without
-/// its driver by its PCI address (`docs/install.md`). The cache mode is that of [`Cache::Auto`]. To find it takes at
-/// least 3 ms, for three measurements in each of three modes. If the region is mapped already, the
-/// call takes the mode of that mapping.
+/// its driver by its PCI address (`docs/install.md`). The cache mode is that of [`Cache::Auto`]. To
+/// find it takes at least 3 ms, for three measurements in each of three modes. If the region is
+/// mapped already, the call takes the mode of that mapping.
 ///
 /// ```no_run
 /// let device = barlink::guest::open("/dev/barlink0")?;

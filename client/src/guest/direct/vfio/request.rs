@@ -78,7 +78,7 @@ mod tests {
     use crate::notifier::Notifier;
     use crate::vectors::Vectors;
 
-    /// A [`Notifier`] lets the kernel signal the eventfd, as the kernel does by itself at a request.
+    /// A [`Notifier`] makes the kernel signal the eventfd, as the kernel does at a request.
     #[test]
     fn request_is_error_and_wakes() {
         let request = Request::new().unwrap();
