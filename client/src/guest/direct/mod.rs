@@ -9,6 +9,7 @@ mod find;
 mod folder;
 mod locks;
 mod session;
+mod superblock;
 pub(crate) mod sysfs;
 pub(crate) mod vfio;
 

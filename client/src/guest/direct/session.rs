@@ -9,9 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use barlink_protocol::wire::layout::{
-    Channel, End, Identity, Layout, MAX_CHANNELS, MAX_SLOTS, PAGE_SIZE, PAGE_WORDS, presence,
-};
+use barlink_protocol::wire::layout::{Channel, End, Identity, Layout, MAX_CHANNELS, presence};
 use barlink_protocol::wire::uapi::{self, Info};
 use barlink_protocol::{SlotPage, table};
 use rustix::io::Errno;
@@ -20,7 +18,6 @@ use rustix::rand::GetRandomFlags;
 use crate::guest::direct::address::PciAddress;
 use crate::guest::direct::folder::Bar;
 use crate::guest::direct::locks::{Lock, Locks};
-use crate::guest::direct::sysfs::error::SysfsError;
 use crate::guest::error::DeviceError;
 use crate::memory::{Access, Mapping, RingRegion};
 use crate::process::Process;
@@ -531,38 +528,6 @@ impl Drop for Claim {
             self.session.release(self.channel, self.end);
         }
     }
-}
-
-/// Returns the offset of the presence page of a slot in a region of this size, before the layout is
-/// known.
-pub(super) fn presence_page(address: PciAddress, size: u64, slot: u32) -> Result<u64, SysfsError> {
-    let pages = u64::from(slot) + 1;
-    let offset = size.checked_sub(pages * PAGE_SIZE);
-    let offset = offset.filter(|_| slot < MAX_SLOTS);
-    offset.ok_or_else(|| SysfsError::Unusable {
-        address: address.to_string(),
-        fault: format!("its ID is {slot}, of {MAX_SLOTS} slots at most"),
-    })
-}
-
-/// Checks the copy of a superblock, in a region of this size, and the device's own ID against it.
-pub(super) fn decode(
-    words: &[u64; PAGE_WORDS],
-    size: u64,
-    name: PathBuf,
-    address: PciAddress,
-    id: u32,
-) -> Result<Layout, DeviceError> {
-    let layout =
-        Layout::decode(words, size).map_err(|source| DeviceError::Layout { path: name, source })?;
-    if id < layout.slots {
-        return Ok(layout);
-    }
-    Err(SysfsError::Unusable {
-        address: address.to_string(),
-        fault: format!("its ID is {id}, of {} slots", layout.slots),
-    }
-    .into())
 }
 
 /// Returns the number of a claim, which is not 0, and another one each time.

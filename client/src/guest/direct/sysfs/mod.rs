@@ -39,7 +39,8 @@ use crate::guest::cache::{Cache, Choice};
 use crate::guest::direct::address::{PciAddress, Way};
 use crate::guest::direct::folder::{self, Bar, Folder};
 use crate::guest::direct::locks::Locks;
-use crate::guest::direct::session::{self, Handle, Parts, Session};
+use crate::guest::direct::session::{Handle, Parts, Session};
+use crate::guest::direct::superblock;
 use crate::guest::error::DeviceError;
 use crate::memory::{Access, Mapping};
 use crate::removal;
@@ -182,7 +183,7 @@ fn open_in(
     let files = Files::open(devices, address, access)?;
     let map_failed = failed("map", address);
     let (id, size) = (files.registers.id(), files.place.size);
-    let page_offset = session::presence_page(address, size, id)?;
+    let page_offset = superblock::presence_page(address, size, id)?;
     let locks = files.locks(page_offset);
     // Until this program has its mapping, others change neither the page nor the cache mode.
     let lock = match access {
@@ -196,7 +197,7 @@ fn open_in(
         let page = page.map_err(&map_failed)?.region();
         Box::new(page.over_write_combining().page(0))
     };
-    let layout = session::decode(&words, size, name(address), address, id)?;
+    let layout = superblock::decode(&words, size, name(address), address, id)?;
     let page = Mapping::map_at(&files.region, page_offset, PAGE_SIZE as usize, access);
     let page = SlotPage::new(page.map_err(&map_failed)?.region().over_write_combining());
     let others = locks.has_others().map_err(failed("lock", address))? && page.epoch() % 2 == 1;
@@ -256,7 +257,7 @@ pub(super) fn choose(address: PciAddress, access: Access) -> Result<Choice, Devi
     };
     let files = Files::open(devices, address, Access::ReadOnly)?;
     let start = files.place.start;
-    let locks = files.locks(session::presence_page(address, files.place.size, id)?);
+    let locks = files.locks(superblock::presence_page(address, files.place.size, id)?);
     Choice::find(
         |_| others && access == Access::ReadWrite,
         || {

@@ -36,7 +36,8 @@ use self::request::Request;
 use crate::guest::cache::{self, Cache, Choice};
 use crate::guest::direct::address::{PciAddress, Way};
 use crate::guest::direct::folder::{self, Folder};
-use crate::guest::direct::session::{self, Handle, Parts, Session};
+use crate::guest::direct::session::{Handle, Parts, Session};
+use crate::guest::direct::superblock;
 use crate::guest::error::DeviceError;
 use crate::memory::{Access, Mapping};
 use crate::removal;
@@ -210,7 +211,7 @@ pub(super) fn open(
     let read = device.file.read_exact_at(&mut id, register);
     read.map_err(failed("read the ID of"))?;
     let id = u32::from_le_bytes(id);
-    let page_offset = session::presence_page(address, bar.size, id)?;
+    let page_offset = superblock::presence_page(address, bar.size, id)?;
     let map_at = |offset: u64, size, access| {
         let mapped = Mapping::map_at(&device.file, bar.offset + offset, size, access);
         mapped.map_err(failed_errno("map"))
@@ -220,7 +221,7 @@ pub(super) fn open(
         let page = map_at(0, PAGE_SIZE as usize, Access::ReadOnly)?.region();
         Box::new(page.over_write_combining().page(0))
     };
-    let layout = session::decode(&words, bar.size, name(address), address, id)?;
+    let layout = superblock::decode(&words, bar.size, name(address), address, id)?;
     // Also for a session that reads, because it can begin to write.
     let page = map_at(page_offset, PAGE_SIZE as usize, Access::ReadWrite)?;
     let size = usize::try_from(layout.mappable_size()).unwrap_or(usize::MAX);
