@@ -60,6 +60,7 @@ mod sender;
 pub mod stream;
 mod tap;
 mod timer;
+mod vectors;
 
 /// The time that an end polls before it arms a wake-up and sleeps.
 ///

@@ -205,9 +205,15 @@ impl Mapping {
         Ok(Self::finish(pages))
     }
 
-    /// Maps as [`Mapping::map_behind`] does, without unmapping a part of a mapping of the file.
-    /// Linux 6.1 forgets the cache modes of device memory that is unmapped in parts.
-    pub(crate) fn map_apart(file: impl AsFd, size: usize, writable: usize) -> Result<Self, Errno> {
+    /// Maps as [`Mapping::map_behind`] does, from an offset in the file on, a whole number of
+    /// pages, and without unmapping a part of a mapping of the file. Linux 6.1 forgets the cache
+    /// modes of device memory that is unmapped in parts.
+    pub(crate) fn map_apart(
+        file: impl AsFd,
+        start_in_file: u64,
+        size: usize,
+        writable: usize,
+    ) -> Result<Self, Errno> {
         if size <= writable {
             return Err(Errno::INVAL);
         }
@@ -224,8 +230,10 @@ impl Mapping {
             let place = start.wrapping_byte_add(offset);
             let flags = MapFlags::SHARED | MapFlags::FIXED;
             // SAFETY: the part is inside the range that was just mapped, which is not used yet.
-            let mapped =
-                unsafe { rustix::mm::mmap(place, length, protection, flags, &file, offset as u64) };
+            let mapped = unsafe {
+                let at = start_in_file + offset as u64;
+                rustix::mm::mmap(place, length, protection, flags, &file, at)
+            };
             if let Err(error) = mapped {
                 // The kernel may have unmapped the part, and another thread may have mapped
                 // something there. So the range from there on, which has no memory, stays.
@@ -326,7 +334,7 @@ mod tests {
     fn first_pages_are_mapped_for_reading() {
         let (memory, size, first) = (sealed_memory(1 << 20), 1 << 20, 8192);
         let behind = Mapping::map_behind(&memory, size, first).unwrap();
-        let apart = Mapping::map_apart(&memory, size, first).unwrap();
+        let apart = Mapping::map_apart(&memory, 0, size, first).unwrap();
         for mapping in [behind, apart] {
             assert_eq!(mapping.writable(), Some(first as u64));
             let region = mapping.region();

@@ -124,14 +124,14 @@ mod tests {
     use rustix::time::Timespec;
 
     use super::*;
+    use crate::guest::direct::sysfs::tests::Fake;
     use crate::guest::events::DeviceEvents;
     use crate::guest::interface::EndInterface;
-    use crate::guest::sysfs::tests::Fake;
 
     #[test]
     fn end_without_driver_becomes_readable_by_clock() {
         let fake = Fake::new();
-        let end = EndInterface::Sysfs(fake.claim());
+        let end = EndInterface::Direct(fake.claim());
         let region = fake.superblock();
         let (peer, vector) = (2, 1);
         let events = DeviceEvents::new(end, region, Doorbell { peer, vector }, None).unwrap();

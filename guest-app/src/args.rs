@@ -19,9 +19,10 @@ pub struct Cli {
     pub command: Command,
     /// Name of the broker whose device it is, or path of the device. A text without a `/` is a
     /// name. Names and the links in /dev/barlink/by-name and by-path stay with a device when
-    /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver
-    /// [default: /dev/barlink0, with a warning if there are further devices, or where that is
-    /// missing the only device without a driver]
+    /// numbers change. sysfs:0000:01:00.0 is the device at that PCI address without its driver;
+    /// vfio:0000:01:00.0 the same by VFIO, for one program at a time [default: /dev/barlink0, with
+    /// a warning if there are further devices, or where that is missing the only device without a
+    /// driver]
     #[arg(long, global = true, help_heading = "Device", value_name = "DEVICE")]
     pub device: Option<PathBuf>,
     /// Cache mode of the device's mapping; all processes have the same mode at a time [default:
@@ -92,7 +93,8 @@ Exit codes:
   2    invalid command line
   3    no device, or the device is gone or has lost its region
   4    another process holds the end of the channel or the DMA buffer, or has the device mapped in
-       another cache mode; or a driver has the device that sysfs:… names
+       another cache mode; or a driver has the device that sysfs:… or vfio:… names, or by vfio:…
+       another program
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
        the beginning is missing (--partial); `send` had to drop the end, or its file became shorter;

@@ -32,7 +32,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
                 | DeviceError::NoName { .. }
                 | DeviceError::NotADevice { .. },
             )) => return gone::CODE,
-            Some(Error::Device(DeviceError::Sysfs(error)))
+            Some(Error::Device(error @ (DeviceError::Sysfs(_) | DeviceError::Vfio(_))))
                 if error.kind() == ErrorKind::NotFound =>
             {
                 return gone::CODE;

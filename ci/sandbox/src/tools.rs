@@ -208,6 +208,24 @@ impl Tools {
         Ok(())
     }
 
+    /// Finds a module of the kernel by its path below `kernel/`, such as `drivers/vfio/vfio.ko`.
+    /// The file can be compressed.
+    pub fn module(&self, name: &str) -> Result<PathBuf> {
+        // The image is beside the modules, or in `boot/`, or the kernel is installed here.
+        let release = &self.release;
+        let modules = format!("lib/modules/{release}");
+        let mut folders = self.kernel_image.ancestors().skip(1);
+        let beside = folders.next().unwrap_or(Path::new("/"));
+        let root = folders.next().unwrap_or(Path::new("/"));
+        let folders = [beside, &root.join(&modules), &Path::new("/").join(&modules)];
+        let mut candidates = folders.iter().flat_map(|folder| {
+            let path = folder.join("kernel").join(name);
+            ["", ".xz", ".zst"].map(|end| PathBuf::from(format!("{}{end}", path.display())))
+        });
+        let found = candidates.find(|path| path.is_file());
+        found.with_context(|| format!("the kernel {release} has no module {name}"))
+    }
+
     /// Returns the sandbox's tools, with the user's own in place of those that `args` names.
     pub fn with_sandbox(args: &ToolArgs, sandbox: Sandbox) -> Result<Self> {
         let mut tools = Self {

@@ -13,13 +13,6 @@ use barlink_vm::COMMAND_TIMEOUT;
 use super::TRANSPORT;
 use crate::support::*;
 
-/// Returns how often a process has gone to sleep, from the text of its `/proc/PID/status`.
-fn sleeps(status: &str) -> Result<u64> {
-    let mut lines = status.lines();
-    let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-    Ok(count.context("no count of switches")?.trim().parse()?)
-}
-
 /// Counts the sleeps of idle ends, which show whether the other side rings. An end wakes up by a
 /// timer, at least once a second, until a ring from the other side has reached it. Afterwards it
 /// sleeps until it is rung. An idle end that still wakes up was therefore not rung when records
@@ -33,11 +26,8 @@ fn idle_ends_sleep_until_rung() -> Result<()> {
     let mut host_sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
     let mut input = host_sender.stdin.take().context("no input")?;
     wait_for_holder(&broker, "down", "consumer", true)?;
-    let snapshot = broker.inspect()?;
-    let channels = snapshot["channels"].as_array().context("no channels")?;
-    let down = channels.iter().find(|channel| channel["name"] == "down");
-    let guest = down.context("no channel")?["consumer"].as_u64();
-    let guest_status = format!("/proc/{}/status", guest.context("no consumer")?);
+    let guest = holder(&broker, "down", "consumer")?.context("no consumer")?;
+    let guest_status = format!("/proc/{guest}/status");
     let host_status = format!("/proc/{}/status", host_receiver.app.id());
     let look = || -> Result<[u64; 2]> {
         let host = std::fs::read_to_string(&host_status)?;

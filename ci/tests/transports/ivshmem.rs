@@ -3,6 +3,8 @@
 //! The conformance suite over QEMU's ivshmem-doorbell.
 
 use anyhow::Result;
+use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::tools::Tools;
 use barlink_vm::broker::Transport;
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
 use rustix::process::Signal;
@@ -17,6 +19,11 @@ const HAS_DRIVER: bool = true;
 /// Restores a VM, for the tests without the driver.
 fn restore(config: &Config) -> Result<Vm> {
     Vm::restore(config)
+}
+
+/// Returns the tools that made the guest.
+fn tools() -> Result<Tools> {
+    Ok(Artifacts::shared()?.tools.clone())
 }
 
 #[path = "cache.rs"]
@@ -43,6 +50,8 @@ mod sysfs;
 mod table;
 #[path = "unplugged.rs"]
 mod unplugged;
+#[path = "vfio.rs"]
+mod vfio;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

@@ -9,6 +9,7 @@
 use anyhow::{Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::setup::StockKernel;
+use barlink_sandbox::tools::Tools;
 use barlink_vm::broker::Transport;
 use barlink_vm::{Config, Vm};
 
@@ -16,11 +17,21 @@ const TRANSPORT: Transport = Transport::Ivshmem;
 
 const HAS_DRIVER: bool = false;
 
-/// Restores a VM with that kernel.
-fn restore(config: &Config) -> Result<Vm> {
+/// Returns the artifacts of a guest with that kernel.
+fn artifacts() -> Result<Artifacts> {
     let artifacts = Artifacts::shared()?;
     let kernel = StockKernel::ensure(&artifacts.args.tools)?;
-    let vm = Vm::restore_with(&artifacts.with_stock_kernel(&kernel)?, config)?;
+    artifacts.with_stock_kernel(&kernel)
+}
+
+/// Returns the tools that made the guest.
+fn tools() -> Result<Tools> {
+    Ok(artifacts()?.tools)
+}
+
+/// Restores a VM with that kernel.
+fn restore(config: &Config) -> Result<Vm> {
+    let vm = Vm::restore_with(&artifacts()?, config)?;
     let release = vm.run(["uname", "-r"])?.success()?;
     ensure!(release.starts_with("6.1."), "{release}");
     Ok(vm)
@@ -28,3 +39,5 @@ fn restore(config: &Config) -> Result<Vm> {
 
 #[path = "sysfs.rs"]
 mod sysfs;
+#[path = "vfio.rs"]
+mod vfio;

@@ -8,12 +8,14 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
-use barlink_vm::{COMMAND_TIMEOUT, Config, Process, Vm};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Output, Process, Vm};
 pub use barlink_vm_tests::wait_until;
 pub use barlink_vm_tests::{App, wait_for_end};
 use barlink_vm_tests::{Task, kill, read_all, run};
+use serde_json::Value;
 
 /// Starts a broker with these arguments, and restores a VM in its only slot with the driver loaded.
 pub fn start(transport: Transport, arguments: &[&str]) -> Result<(Broker, Vm)> {
@@ -149,14 +151,26 @@ impl RoundTrip {
     }
 }
 
+/// Returns the process that holds an end of a channel.
+pub fn holder(broker: &Broker, channel: &str, end: &str) -> Result<Option<u64>> {
+    let snapshot = broker.inspect()?;
+    let channels = snapshot["channels"].as_array().context("no channels")?;
+    let channel = channels.iter().find(|entry| entry["name"] == channel);
+    Ok(channel.context("no such channel")?[end].as_u64())
+}
+
 /// Waits until a process holds an end of a channel (`held`), or no process does.
 pub fn wait_for_holder(broker: &Broker, channel: &str, end: &str, held: bool) -> Result<()> {
     wait_until(&format!("the {end} of {channel}"), || {
-        let snapshot = broker.inspect()?;
-        let channels = snapshot["channels"].as_array().context("no channels")?;
-        let channel = channels.iter().find(|entry| entry["name"] == channel);
-        Ok(channel.context("no such channel")?[end].is_u64() == held)
+        Ok(holder(broker, channel, end)?.is_some() == held)
     })
+}
+
+/// Returns how often a process has gone to sleep, from the text of its `/proc/PID/status`.
+pub fn sleeps(status: &str) -> Result<u64> {
+    let mut lines = status.lines();
+    let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    Ok(count.context("no count of switches")?.trim().parse()?)
 }
 
 /// A sender in the guest that may outlive its device or its driver's epoch. It has sent `before `,
@@ -225,4 +239,45 @@ pub fn sends_anew(broker: &Broker, vm: &Vm) -> Result<()> {
     let bytes = receive(broker, "up")?.bytes()?;
     ensure!(bytes == b"new\n", "{bytes:?}");
     Ok(())
+}
+
+/// Returns the PCI address of the device.
+pub fn address(vm: &Vm) -> Result<String> {
+    let find = "cd /sys/bus/pci/devices && dirname $(grep -l 0x1110 */device)";
+    Ok(vm.run(["sh", "-c", find])?.success()?.trim_end().to_owned())
+}
+
+pub fn info(vm: &Vm, options: &[&str]) -> Result<Value> {
+    let words = ["barlink-guest", "info", "--json"];
+    let printed = vm.run(words.iter().chain(options).copied())?;
+    Ok(serde_json::from_str(&printed.success()?)?)
+}
+
+/// Checks that a program ended with this code and one line with this text.
+pub fn refused(output: &Output, code: i32, text: &str) -> Result<()> {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status == Status::Code(code),
+        "{:?}: {errors}",
+        output.status
+    );
+    ensure!(
+        errors.contains(text) && errors.lines().count() == 1,
+        "{errors}, not {text}"
+    );
+    Ok(())
+}
+
+/// Sends bytes down and back, and compares them.
+pub fn echo(broker: &Broker, vm: &Vm, options: &[&str], length: usize) -> Result<()> {
+    let words = ["barlink-guest", "echo"];
+    let echo = vm.spawn(words.iter().chain(options).copied())?;
+    let receiver = receive(broker, "up")?;
+    let bytes = noise(length);
+    let path = broker.folder().join("to-send");
+    std::fs::write(&path, &bytes)?;
+    let sent = run(broker.app(["send"]).arg(&path), "the sender")?;
+    ensure!(sent.status.success(), "{sent:?}");
+    ensure!(receiver.bytes()? == bytes, "{length} bytes");
+    echo.wait(COMMAND_TIMEOUT)?.require_success()
 }

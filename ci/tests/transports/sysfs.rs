@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
-use barlink_vm::{COMMAND_TIMEOUT, Output, Vm};
+use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use barlink_vm_tests::{kill, run};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -24,47 +24,6 @@ fn start_without_driver(arguments: &[&str]) -> Result<(Broker, Vm)> {
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], arguments)?;
     let vm = restore(&broker.vm()?)?;
     Ok((broker, vm))
-}
-
-/// Returns the PCI address of the device.
-fn address(vm: &Vm) -> Result<String> {
-    let find = "cd /sys/bus/pci/devices && dirname $(grep -l 0x1110 */device)";
-    Ok(vm.run(["sh", "-c", find])?.success()?.trim_end().to_owned())
-}
-
-fn info(vm: &Vm, options: &[&str]) -> Result<Value> {
-    let words = ["barlink-guest", "info", "--json"];
-    let printed = vm.run(words.iter().chain(options).copied())?;
-    Ok(serde_json::from_str(&printed.success()?)?)
-}
-
-/// Checks that a program ended with this code and one line with this text.
-fn refused(output: &Output, code: i32, text: &str) -> Result<()> {
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status == Status::Code(code),
-        "{:?}: {errors}",
-        output.status
-    );
-    ensure!(
-        errors.contains(text) && errors.lines().count() == 1,
-        "{errors}, not {text}"
-    );
-    Ok(())
-}
-
-/// Sends bytes down and back, and compares them.
-fn echo(broker: &Broker, vm: &Vm, options: &[&str], length: usize) -> Result<()> {
-    let words = ["barlink-guest", "echo"];
-    let echo = vm.spawn(words.iter().chain(options).copied())?;
-    let receiver = receive(broker, "up")?;
-    let bytes = noise(length);
-    let path = broker.folder().join("to-send");
-    fs::write(&path, &bytes)?;
-    let sent = run(broker.app(["send"]).arg(&path), "the sender")?;
-    ensure!(sent.status.success(), "{sent:?}");
-    ensure!(receiver.bytes()? == bytes, "{length} bytes");
-    echo.wait(COMMAND_TIMEOUT)?.require_success()
 }
 
 #[test]

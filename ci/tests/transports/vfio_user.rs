@@ -7,6 +7,8 @@
 )]
 
 use anyhow::Result;
+use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::tools::Tools;
 use barlink_vm::broker::Transport;
 use barlink_vm::{Config, Vm};
 
@@ -18,6 +20,11 @@ const HAS_DRIVER: bool = true;
 /// Restores a VM, for the tests without the driver.
 fn restore(config: &Config) -> Result<Vm> {
     Vm::restore(config)
+}
+
+/// Returns the tools that made the guest.
+fn tools() -> Result<Tools> {
+    Ok(Artifacts::shared()?.tools.clone())
 }
 
 #[path = "cache.rs"]
@@ -42,3 +49,5 @@ mod snapshots;
 mod sysfs;
 #[path = "table.rs"]
 mod table;
+#[path = "vfio.rs"]
+mod vfio;

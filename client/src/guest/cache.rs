@@ -40,7 +40,8 @@ pub enum Cache {
     /// Write-combining: the processor gathers stores, and loads as in a noncached mapping.
     WriteCombining,
     /// Write-back, as the guest's own memory. The kernel grants it for a region above 4 GiB, and
-    /// uncached-minus for one below. An error for a device that is used without its driver.
+    /// uncached-minus for one below. An error for a device that is used without its driver, as
+    /// write-combining is over VFIO.
     WriteBack,
     /// Noncached as long as a short measurement of reads finds no mode more than twice as fast,
     /// otherwise the fastest mode that the guest's kernel grants. Of fast modes whose speeds differ
@@ -140,7 +141,7 @@ pub struct UnknownCache(String);
 /// Bytes that are mapped for the measurement, fewer than a second-level cache has, and bytes in one
 /// copy. Noncached memory is read at some tens of MB/s, so that one round over it takes one to two
 /// milliseconds.
-const WINDOW: u64 = 64 << 10;
+pub(super) const WINDOW: u64 = 64 << 10;
 const PART: usize = 4 << 10;
 /// Rounds over all modes, so that costs of the first touch do not count against one mode, and the
 /// time of each measurement.
@@ -182,6 +183,17 @@ impl Choice {
         cache: Cache::Same,
         speeds: Vec::new(),
     };
+
+    /// Measures the only mode of an interface, in a mapping of the first bytes of the region.
+    pub(super) fn noncached(mapping: &Mapping) -> Self {
+        let speed = read_speed(mapping, CacheMode::UncachedMinus as u32);
+        let speeds =
+            Cache::MODES.map(|cache| (cache, (cache == Cache::Noncached).then_some(speed)));
+        Choice {
+            cache: Cache::Noncached,
+            speeds: speeds.into(),
+        }
+    }
 
     /// Measures all modes, unless one is determined already. `open` returns a file of the device
     /// and the driver's information, `map` maps the first bytes of a file, and `info` returns the

@@ -15,11 +15,11 @@ use crate::event_error::EventError;
 use crate::guest::broker::{Asker, SleepQuestions};
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
+use crate::guest::direct::ClaimFault;
 use crate::guest::error::DeviceError;
 use crate::guest::events::DeviceEvents;
 use crate::guest::interface::{Interface, Opened};
 use crate::guest::node::system;
-use crate::guest::sysfs::ClaimFault;
 use crate::guest::watch::BrokerWatch;
 use crate::layouts::Layouts;
 use crate::memory::{Access, Mapping, RingRegion};
@@ -103,7 +103,8 @@ impl Device {
     }
 
     /// Returns the text by which programs open the device: the path of its node, or
-    /// `sysfs:0000:01:00.0` with its PCI address if it is used without its driver.
+    /// `sysfs:0000:01:00.0` or `vfio:0000:01:00.0` with its PCI address if it is used without its
+    /// driver.
     ///
     /// ```no_run
     /// // The device of the broker that `barlink serve --name camera` started.
@@ -115,13 +116,13 @@ impl Device {
         &self.path
     }
 
-    /// Returns whether the device has its driver. Without it the claims of programs exclude each
-    /// other only as long as all of them use this library, ends poll, and a killed program is
-    /// noticed late (`docs/install.md`).
+    /// Returns whether the device has its driver. Without it a killed program is noticed late. By
+    /// sysfs the claims of programs exclude each other only as long as all of them use this
+    /// library, and ends poll. By VFIO there is one program at a time (`docs/install.md`).
     ///
     /// ```no_run
     /// let device = barlink::guest::open("/dev/barlink0")?;
-    /// if !device.has_driver() {
+    /// if !device.has_driver() && device.info()?.vectors == 0 {
     ///     eprintln!("{}: receivers poll", device.path().display());
     /// }
     /// # Ok::<(), barlink::Error>(())

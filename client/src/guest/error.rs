@@ -11,7 +11,8 @@ use barlink_protocol::wire::uapi;
 use crate::error_kind::ErrorKind;
 use crate::event_error::LOST;
 use crate::guest::cache::Cache;
-use crate::guest::sysfs::error::SysfsError;
+use crate::guest::direct::sysfs::error::SysfsError;
+use crate::guest::direct::vfio::error::VfioError;
 use crate::memory::Access;
 
 /// The reason why a device cannot be used.
@@ -172,6 +173,9 @@ pub enum DeviceError {
     /// The device cannot be used without its driver.
     #[error(transparent)]
     Sysfs(#[from] SysfsError),
+    /// The device cannot be used by VFIO.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A system call failed.
     #[error("cannot {what} {path}")]
     System {
@@ -214,6 +218,7 @@ impl DeviceError {
             DeviceError::Version { .. } | DeviceError::NoBuffers { .. } => ErrorKind::Incompatible,
             DeviceError::Layout { source, .. } => source.kind(),
             DeviceError::Sysfs(error) => error.kind(),
+            DeviceError::Vfio(error) => error.kind(),
             DeviceError::OtherCache { .. } | DeviceError::BufferTaken { .. } => ErrorKind::InUse,
             DeviceError::BufferSize { .. }
             | DeviceError::SameName { .. }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! Doorbells in the guest: the driver's ioctl rings, and its file wakes. Without a driver a
-//! register rings, and nothing wakes.
+//! register rings, and an eventfd wakes, or nothing.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,13 +16,14 @@ use rustix::io::Errno;
 use crate::event_error::EventError;
 use crate::guest::broker::SleepQuestions;
 use crate::guest::calls;
+use crate::guest::direct;
 use crate::guest::interface::EndInterface;
-use crate::guest::sysfs;
 use crate::memory::RingRegion;
 use crate::removal::{self, Removable};
 use crate::timer::{Timer, monotonic};
+use crate::vectors::Vectors;
 
-/// Longest sleep of an end without a driver. The link makes each sleep of a wait twice as long as
+/// Longest sleep of an end that nothing wakes. The link makes each sleep of a wait twice as long as
 /// the one before.
 const LONGEST_SLEEP: Duration = Duration::from_millis(10);
 
@@ -52,13 +53,38 @@ enum Source {
     /// A file of the driver, which is non-blocking. `wakes` says whether the channel has a vector
     /// here.
     Driver { file: File, wakes: bool },
-    /// A claim without a driver, and a descriptor that is never readable.
-    Sysfs {
-        claim: sysfs::Claim,
-        never: Timer,
+    /// A claim without a driver.
+    Direct {
+        waker: Waker,
+        claim: direct::Claim,
         /// Time of the last look whether the device is gone, in milliseconds.
         looked: AtomicU64,
     },
+}
+
+/// The means by which an end without a driver wakes.
+#[derive(Debug)]
+enum Waker {
+    /// The eventfds of the claim's session.
+    Vectors(Vectors),
+    /// Nothing, and a descriptor that is never readable.
+    Never(Timer),
+}
+
+impl Waker {
+    /// Returns the waker of an end whose channel has this vector.
+    fn new(claim: &direct::Claim, vector: u32) -> Result<Self, EventError> {
+        let session = claim.session();
+        let vectors = session.vectors();
+        if let (Some(control), Some(own)) = (vectors.first(), vectors.get(vector as usize)) {
+            // The device can be removed while the end sleeps.
+            let others = [control.as_fd(), session.as_fd()];
+            return Ok(Waker::Vectors(Vectors::new(own.as_fd(), &others)?));
+        }
+        let never = Timer::new()?;
+        never.set(Duration::ZERO);
+        Ok(Waker::Never(never))
+    }
 }
 
 impl DeviceEvents {
@@ -72,15 +98,11 @@ impl DeviceEvents {
     ) -> Result<Self, EventError> {
         let source = match end {
             EndInterface::Driver { file, wakes } => Source::Driver { file, wakes },
-            EndInterface::Sysfs(claim) => {
-                let never = Timer::new()?;
-                never.set(Duration::ZERO);
-                Source::Sysfs {
-                    claim,
-                    never,
-                    looked: AtomicU64::new(0),
-                }
-            }
+            EndInterface::Direct(claim) => Source::Direct {
+                waker: Waker::new(&claim, other.vector)?,
+                claim,
+                looked: AtomicU64::new(0),
+            },
         };
         Ok(DeviceEvents {
             source,
@@ -93,14 +115,20 @@ impl DeviceEvents {
 
     /// Returns whether the channel has a vector that wakes this end.
     pub(crate) fn wakes(&self) -> bool {
-        matches!(self.source, Source::Driver { wakes: true, .. })
+        match &self.source {
+            Source::Driver { wakes, .. } => *wakes,
+            Source::Direct { waker, .. } => matches!(waker, Waker::Vectors(_)),
+        }
     }
 
     /// Returns the longest time between two looks of an end that nothing wakes.
     pub(crate) fn longest_poll(&self) -> Duration {
-        match self.source {
-            Source::Driver { .. } => FIRST_FALLBACK_POLL,
-            Source::Sysfs { .. } => LONGEST_SLEEP,
+        match &self.source {
+            Source::Direct {
+                waker: Waker::Never(_),
+                ..
+            } => LONGEST_SLEEP,
+            Source::Driver { .. } | Source::Direct { .. } => FIRST_FALLBACK_POLL,
         }
     }
 
@@ -118,7 +146,7 @@ impl DeviceEvents {
         let now = Some(Duration::ZERO);
         let is_gone = match &self.source {
             Source::Driver { file, .. } => removal::wait(file, now),
-            Source::Sysfs { claim, .. } => claim.session().wait(now),
+            Source::Direct { claim, .. } => claim.session().wait(now),
         };
         is_gone.unwrap_or(false)
     }
@@ -127,7 +155,7 @@ impl DeviceEvents {
     /// clock. Looks seldom, and only where the kernel leaves the mapping of a removed device in
     /// place.
     pub(crate) fn looks_gone(&self, now: Duration) -> bool {
-        let Source::Sysfs { looked, .. } = &self.source else {
+        let Source::Direct { looked, .. } = &self.source else {
             return false;
         };
         let now = now.as_millis() as u64;
@@ -164,7 +192,7 @@ impl DeviceEvents {
             Source::Driver { file, .. } => {
                 calls::ring(file, self.other).map_err(failed("ring a doorbell"))
             }
-            Source::Sysfs { claim, .. } => {
+            Source::Direct { claim, .. } => {
                 claim.session().ring(self.other.peer, self.other.vector);
                 Ok(())
             }
@@ -187,13 +215,17 @@ impl DeviceEvents {
             self.slept(false);
             true
         };
-        let file = match &self.source {
+        let file = match &mut self.source {
             Source::Driver { file, .. } if may_have_fired => file,
             Source::Driver { .. } => return Ok(false),
-            Source::Sysfs { claim, .. } => {
-                self.check()?;
+            Source::Direct { claim, waker, .. } => {
+                let has_fired = match waker {
+                    Waker::Vectors(vectors) => vectors.sleep(Some(Duration::ZERO))?,
+                    Waker::Never(_) => false,
+                };
                 claim.session().sweep();
-                return Ok(false);
+                self.check()?;
+                return Ok(has_fired);
             }
         };
         let mut fired = [0; size_of::<uapi::Interrupts>()];
@@ -262,7 +294,10 @@ impl AsFd for DeviceEvents {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.source {
             Source::Driver { file, .. } => file.as_fd(),
-            Source::Sysfs { never, .. } => never.as_fd(),
+            Source::Direct { waker, .. } => match waker {
+                Waker::Vectors(vectors) => vectors.as_fd(),
+                Waker::Never(never) => never.as_fd(),
+            },
         }
     }
 }
@@ -274,7 +309,7 @@ mod tests {
     use rustix::fs::MemfdFlags;
 
     use super::*;
-    use crate::guest::sysfs::tests::Fake;
+    use crate::guest::direct::sysfs::tests::Fake;
     use crate::memory::{Access, Mapping};
 
     /// A VM that goes back to a snapshot loses the region of its device, and nothing wakes an end
@@ -310,7 +345,7 @@ mod tests {
     #[test]
     fn end_without_driver_notices_lost_region() {
         let fake = Fake::new();
-        let end = EndInterface::Sysfs(fake.claim());
+        let end = EndInterface::Direct(fake.claim());
         let other = uapi::Doorbell { peer: 2, vector: 1 };
         let mut events = DeviceEvents::new(end, fake.superblock(), other, None).unwrap();
         assert!(!events.sleep(None).unwrap());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The interface to a device: its driver, or sysfs where it has none. What the driver does for a
-//! process, sysfs lets the process do itself.
+//! The interface to a device: its driver, or that of the kernel where it has none. What the driver
+//! does for a process, the process then does itself.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,11 +17,11 @@ use crate::event_error::EventError;
 use crate::guest::buffer::Buffer;
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::calls::region;
+use crate::guest::direct::sysfs::error::SysfsError;
+use crate::guest::direct::{self, ClaimFault, PciAddress, Session};
 use crate::guest::error::DeviceError;
 use crate::guest::find as by_name;
 use crate::guest::node::{self, Node, TRIES};
-use crate::guest::sysfs::error::SysfsError;
-use crate::guest::sysfs::{self, ClaimFault, PciAddress, Session};
 use crate::memory::{Access, Mapping, RingRegion};
 use crate::removal::{self, Removable};
 
@@ -34,8 +34,8 @@ const DEFAULT: &str = "/dev/barlink0";
 pub(crate) enum Interface {
     /// The driver.
     Driver(Arc<Node>),
-    /// The files in sysfs.
-    Sysfs(Arc<Session>),
+    /// The kernel, without a driver.
+    Direct(Arc<Session>),
 }
 
 /// A device that was opened and mapped.
@@ -61,23 +61,22 @@ pub(crate) enum EndInterface {
         /// Whether the channel has a vector here.
         wakes: bool,
     },
-    /// A claim by locks.
-    Sysfs(sysfs::Claim),
+    /// A claim without a driver.
+    Direct(direct::Claim),
 }
 
 impl Interface {
     /// Opens a device by its path, by the name of its region's broker, or by its PCI address.
     pub(crate) fn open(device: &Path, cache: Cache, access: Access) -> Result<Opened, DeviceError> {
-        if let Some(address) = PciAddress::named_by(device) {
-            return open_sysfs(address?, cache, access);
+        if let Some((way, address)) = PciAddress::named_by(device) {
+            return direct::open(way, address?, cache, access).map(Opened::from);
         }
         let Some(name) = by_name::name(device) else {
             return match open_node(device, cache, access) {
                 Err(DeviceError::NoDevice { path }) if device == Path::new(DEFAULT) => {
-                    match choose_without_driver(device)? {
-                        Some(address) => open_sysfs(address, cache, access),
-                        None => Err(DeviceError::NoDevice { path }),
-                    }
+                    let chosen = direct::choose(device, cache, access)?;
+                    let chosen = chosen.map(Opened::from);
+                    chosen.ok_or(DeviceError::NoDevice { path })
                 }
                 opened => opened,
             };
@@ -93,10 +92,10 @@ impl Interface {
             |opened| opened.identity.name.as_str() == name,
         );
         match opened {
-            Err(DeviceError::NoName { name, others }) => match find_without_driver(&name)? {
-                Some(address) => open_sysfs(address, cache, access),
-                None => Err(DeviceError::NoName { name, others }),
-            },
+            Err(DeviceError::NoName { name, others }) => {
+                let found = direct::named(&name, cache, access)?.map(Opened::from);
+                found.ok_or(DeviceError::NoName { name, others })
+            }
             opened => opened,
         }
     }
@@ -105,7 +104,7 @@ impl Interface {
     pub(crate) fn path(&self) -> PathBuf {
         match self {
             Interface::Driver(node) => node.path().to_owned(),
-            Interface::Sysfs(session) => session.name(),
+            Interface::Direct(session) => session.name(),
         }
     }
 
@@ -113,7 +112,7 @@ impl Interface {
     pub(crate) fn info(&self) -> Result<Info, DeviceError> {
         match self {
             Interface::Driver(node) => node.info(),
-            Interface::Sysfs(session) => session.info(),
+            Interface::Direct(session) => session.info(),
         }
     }
 
@@ -121,7 +120,7 @@ impl Interface {
     pub(crate) fn layout(&self) -> Result<Layout, DeviceError> {
         match self {
             Interface::Driver(node) => node.layout(),
-            Interface::Sysfs(session) => Ok(session.layout()),
+            Interface::Direct(session) => Ok(session.layout()),
         }
     }
 
@@ -129,7 +128,7 @@ impl Interface {
     pub(crate) fn refresh(&self) -> Result<bool, DeviceError> {
         match self {
             Interface::Driver(node) => node.refresh(),
-            Interface::Sysfs(session) => session.refresh(),
+            Interface::Direct(session) => session.refresh(),
         }
     }
 
@@ -137,7 +136,7 @@ impl Interface {
     pub(crate) fn ask(&self) -> Result<u64, Errno> {
         match self {
             Interface::Driver(node) => node.ask(),
-            Interface::Sysfs(session) => session.ask(),
+            Interface::Direct(session) => session.ask(),
         }
     }
 
@@ -155,7 +154,7 @@ impl Interface {
     fn removable(&self) -> &dyn Removable {
         match self {
             Interface::Driver(node) => &**node,
-            Interface::Sysfs(session) => &**session,
+            Interface::Direct(session) => &**session,
         }
     }
 
@@ -163,7 +162,7 @@ impl Interface {
     pub(crate) fn shared(&self) -> Arc<dyn Removable> {
         match self {
             Interface::Driver(node) => Arc::clone(node) as Arc<dyn Removable>,
-            Interface::Sysfs(session) => Arc::clone(session) as Arc<dyn Removable>,
+            Interface::Direct(session) => Arc::clone(session) as Arc<dyn Removable>,
         }
     }
 
@@ -172,7 +171,7 @@ impl Interface {
         match self {
             Interface::Driver(_) => region(mapping, granted),
             // The mode can be that of an earlier mapping of any program, without notice.
-            Interface::Sysfs(_) => region(mapping, CacheMode::WriteCombining as u32),
+            Interface::Direct(_) => region(mapping, CacheMode::WriteCombining as u32),
         }
     }
 
@@ -183,10 +182,7 @@ impl Interface {
                 let node = Node::open(node.path(), Access::ReadWrite)?;
                 Ok(Interface::Driver(Arc::new(node)))
             }
-            Interface::Sysfs(session) => {
-                let session = session.again(Access::ReadWrite)?;
-                Ok(Interface::Sysfs(Arc::new(session)))
-            }
+            Interface::Direct(session) => Ok(Interface::Direct(session.for_writing()?)),
         }
     }
 
@@ -194,7 +190,7 @@ impl Interface {
     pub(crate) fn buffer(&self, size: u64) -> Result<Buffer, DeviceError> {
         match self {
             Interface::Driver(node) => node.buffer(size),
-            Interface::Sysfs(session) => Err(SysfsError::NeedsDriver {
+            Interface::Direct(session) => Err(SysfsError::NeedsDriver {
                 path: session.name(),
                 what: "there is no DMA buffer",
             }
@@ -211,8 +207,8 @@ impl Interface {
         device: (u32, Identity),
     ) -> Result<EndInterface, ClaimFault> {
         let node = match self {
-            Interface::Sysfs(session) => {
-                return Ok(EndInterface::Sysfs(session.claim(channel, end)?));
+            Interface::Direct(session) => {
+                return Ok(EndInterface::Direct(session.claim(channel, end)?));
             }
             Interface::Driver(node) => node,
         };
@@ -245,7 +241,7 @@ impl AsFd for Interface {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Interface::Driver(node) => node.as_fd(),
-            Interface::Sysfs(session) => session.as_fd(),
+            Interface::Direct(session) => session.as_fd(),
         }
     }
 }
@@ -300,91 +296,16 @@ fn map_node(path: &Path, cache: Cache, access: Access) -> Result<Opened, DeviceE
     })
 }
 
-/// Opens a device without a driver by its PCI address.
-fn open_sysfs(address: PciAddress, cache: Cache, access: Access) -> Result<Opened, DeviceError> {
-    let choice = (cache == Cache::Auto).then(|| Session::choose(address, access));
-    let choice = choice.transpose()?;
-    let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
-    let (opened, choice) = match Session::open(address, access, chosen) {
-        // Another process has mapped the region since.
-        Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => (
-            Session::open(address, access, Cache::Same)?,
-            Some(Choice::SAME),
-        ),
-        opened => (opened?, choice),
-    };
-    let (session, mapping) = opened;
-    Ok(Opened {
-        mapping,
-        granted: session.granted(),
-        identity: session.identity(),
-        slot: session.id(),
-        layout: session.layout(),
-        interface: Interface::Sysfs(Arc::new(session)),
-        choice,
-    })
-}
-
-/// Returns the identity of each barlink device without a driver, or the reason why this user may
-/// not know it.
-fn without_driver() -> Vec<(PciAddress, Result<Identity, DeviceError>)> {
-    let asked = sysfs::candidates().into_iter().map(|address| {
-        let opened = Session::open(address, Access::ReadOnly, Cache::Same);
-        (address, opened.map(|(session, _)| session.identity()))
-    });
-    // The others are ivshmem devices of other programs, or go just now.
-    let is_other = |error: &DeviceError| {
-        matches!(
-            error,
-            DeviceError::Layout { .. }
-                | DeviceError::Sysfs(
-                    SysfsError::Unusable { .. }
-                        | SysfsError::NoDevice { .. }
-                        | SysfsError::Bound { .. }
-                )
-        )
-    };
-    asked
-        .filter(|(_, asked)| !asked.as_ref().is_err_and(is_other))
-        .collect()
-}
-
-/// Returns the only barlink device without a driver, if there is one.
-fn choose_without_driver(path: &Path) -> Result<Option<PciAddress>, DeviceError> {
-    let mut devices = without_driver();
-    if devices.len() > 1 {
-        let addresses = devices.iter().map(|(address, _)| address.to_string());
-        return Err(SysfsError::Several {
-            path: path.to_owned(),
-            addresses: addresses.collect(),
+impl From<direct::Opened> for Opened {
+    fn from((session, mapping, choice): direct::Opened) -> Self {
+        Opened {
+            mapping,
+            granted: session.granted(),
+            identity: session.identity(),
+            slot: session.id(),
+            layout: session.layout(),
+            interface: Interface::Direct(Arc::new(session)),
+            choice,
         }
-        .into());
-    }
-    match devices.pop() {
-        None => Ok(None),
-        Some((address, asked)) => asked.map(|_| Some(address)),
-    }
-}
-
-/// Returns the barlink device without a driver whose broker has this name, if there is one. A
-/// device that cannot be asked for its name is an error if no other one has the name.
-fn find_without_driver(name: &str) -> Result<Option<PciAddress>, DeviceError> {
-    let (mut found, mut fault) = (Vec::new(), None);
-    for (address, asked) in without_driver() {
-        match asked {
-            Ok(identity) if identity.name.as_str() == name => found.push(address),
-            Ok(_) => (),
-            Err(error) => fault = Some(error),
-        }
-    }
-    match (&found[..], fault) {
-        ([], None) => Ok(None),
-        ([], Some(fault)) => Err(fault),
-        ([address], _) => Ok(Some(*address)),
-        _ => Err(SysfsError::Several {
-            path: name.into(),
-            addresses: found.iter().map(PciAddress::to_string).collect(),
-        }
-        .into()),
     }
 }

@@ -21,12 +21,12 @@ mod buffer;
 mod cache;
 mod calls;
 mod device;
+pub(crate) mod direct;
 pub(crate) mod error;
 pub(crate) mod events;
 pub(crate) mod find;
 pub(crate) mod interface;
 mod node;
-pub(crate) mod sysfs;
 mod watch;
 
 use std::path::Path;
@@ -35,18 +35,20 @@ pub use barlink_protocol::wire::uapi::{CacheMode, Info, MAX_BUFFER};
 pub use buffer::Buffer;
 pub use cache::{Cache, Choice, UnknownCache};
 pub use device::Device;
+pub use direct::sysfs::error::SysfsError;
+pub use direct::vfio::error::VfioError;
 pub use error::DeviceError;
 pub use find::nodes;
-pub use sysfs::error::SysfsError;
 pub use watch::BrokerWatch;
 
 use crate::error::Error;
 use crate::memory::Access;
 
 /// Opens a device by its path, mostly `/dev/barlink0`, or by the name of its region's broker. A
-/// text without a `/` is a name. The cache mode is that of [`Cache::Auto`]. To find it takes at
-/// least 3 ms, for three measurements in each of three modes. If the region is mapped already, the
-/// call takes the mode of that mapping.
+/// text without a `/` is a name. `sysfs:0000:01:00.0` and `vfio:0000:01:00.0` name a device without
+/// its driver by its PCI address (`docs/install.md`). The cache mode is that of [`Cache::Auto`]. To
+/// find it takes at least 3 ms, for three measurements in each of three modes. If the region is
+/// mapped already, the call takes the mode of that mapping.
 ///
 /// ```no_run
 /// let device = barlink::guest::open("/dev/barlink0")?;
@@ -60,6 +62,8 @@ use crate::memory::Access;
 /// * [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput): two devices have that name.
 /// * [`ErrorKind::PermissionDenied`](crate::ErrorKind::PermissionDenied): this user may not open
 ///   it.
+/// * [`ErrorKind::InUse`](crate::ErrorKind::InUse): another driver has it, or by VFIO another
+///   program or another `Device` of this one.
 /// * [`ErrorKind::Incompatible`](crate::ErrorKind::Incompatible): the driver or the region is of
 ///   another release.
 /// * A system call that failed.

@@ -24,8 +24,10 @@ struct Report {
     name: String,
     /// Number of the region.
     instance: String,
-    /// Whether the device has its driver. Programs use it by sysfs otherwise.
+    /// Whether the device has its driver. Programs use it by sysfs or VFIO otherwise.
     driver: bool,
+    #[serde(skip)]
+    is_by_vfio: bool,
     /// PCI address in the form of lspci, `DDDD:BB:DD.F`.
     pci_address: String,
     /// Guest-physical address of the region.
@@ -107,6 +109,7 @@ pub fn info(device: &Device, args: &args::Info) -> Result<()> {
         name: identity.name.to_string(),
         instance: identity.instance.to_string(),
         driver: device.has_driver(),
+        is_by_vfio: super::is_by_vfio(device.path()),
         pci_address: format!(
             "{:04x}:{:02x}:{:02x}.{}",
             address >> 16,
@@ -158,7 +161,11 @@ fn describe(report: &Report) -> String {
         cache.join("\n             "),
     );
     if !report.driver {
-        text.push_str("\ndriver       none: programs use the device by sysfs, and poll");
+        text.push_str("\ndriver       none: ");
+        text.push_str(match report.is_by_vfio {
+            true => "one program at a time uses the device, by VFIO",
+            false => "programs use the device by sysfs, and poll",
+        });
     }
     let peer = |id| peer_name(id, report.host);
     for channel in &report.channels {

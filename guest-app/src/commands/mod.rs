@@ -36,6 +36,24 @@ fn warn_of_choice(device: &Device, count: usize) {
     ));
 }
 
+/// Returns whether a text names a device without its driver by VFIO, and not by sysfs.
+fn is_by_vfio(path: &Path) -> bool {
+    path.to_string_lossy().starts_with("vfio:")
+}
+
+/// Says that the command line names no device, and that one without its driver is used.
+fn tell_of_missing_driver(device: &Device) {
+    let path = device.path();
+    let loss = match is_by_vfio(path) {
+        true => "let several programs use the device at a time, and notice killed ones",
+        false => "wake programs at once, notice killed ones, and keep out others",
+    };
+    tell(&format!(
+        "barlink-guest: no driver, using {} (the driver would {loss})",
+        path.display()
+    ));
+}
+
 /// Tells the cache mode that a measurement chose, and the reason, in a line on standard error.
 fn tell_choice(device: &Device) {
     if let Some(choice) = device.choice() {
@@ -55,13 +73,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         .cache(cli.cache.unwrap_or_default().0)
         .access(access)
         .open(path)?;
-    let is_named = path.to_string_lossy().starts_with("sysfs:");
+    let is_named = is_by_vfio(path) || path.to_string_lossy().starts_with("sysfs:");
     if !device.has_driver() && !is_named {
-        tell(&format!(
-            "barlink-guest: no driver, using {} (the driver would wake programs at once, notice killed ones, and \
-             keep out others)",
-            device.path().display()
-        ));
+        tell_of_missing_driver(&device);
     }
     if cli.device.is_none() && device.has_driver() {
         warn_of_choice(&device, guest::nodes().len());

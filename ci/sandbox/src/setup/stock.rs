@@ -28,6 +28,15 @@ const MODULES: [&str; 6] = [
     "virtio/virtio_pci.ko",
     "char/virtio_console.ko",
 ];
+/// Modules that tests load, below `kernel/`.
+const OTHER_MODULES: [&str; 6] = [
+    "virt/lib/irqbypass.ko",
+    "drivers/vfio/vfio.ko",
+    "drivers/vfio/vfio_virqfd.ko",
+    "drivers/vfio/vfio_iommu_type1.ko",
+    "drivers/vfio/pci/vfio-pci-core.ko",
+    "drivers/vfio/pci/vfio-pci.ko",
+];
 /// Disk space for the download and its content, in bytes.
 const ROOM: u64 = 300 << 20;
 
@@ -66,6 +75,10 @@ impl StockKernel {
         })?;
         fs::create_dir_all(cache.programs())?;
         let finished = unfinished.path().join("kernel");
+        if folder.exists() {
+            // An earlier version of this file unpacked fewer modules.
+            fs::remove_dir_all(&folder)?;
+        }
         fs::rename(finished, &folder).context("the kernel cannot be moved into the cache")?;
         Self::read(&folder).context("the kernel's package lacks files that a guest needs")
     }
@@ -76,9 +89,12 @@ impl StockKernel {
         let image = image.map(|entry| entry.path());
         let image = image.into_iter().find(|path| release(path).is_some())?;
         let release = release(&image)?;
-        let drivers = folder.join(format!("lib/modules/{release}/kernel/drivers"));
+        let kernel = folder.join(format!("lib/modules/{release}/kernel"));
+        let drivers = kernel.join("drivers");
         let modules: Vec<_> = MODULES.iter().map(|name| drivers.join(name)).collect();
-        modules.iter().all(|path| path.is_file()).then_some(Self {
+        let others = OTHER_MODULES.iter().map(|name| kernel.join(name));
+        let mut all = modules.iter().cloned().chain(others);
+        all.all(|path| path.is_file()).then_some(Self {
             release,
             image,
             modules,
@@ -147,6 +163,7 @@ fn unpack(package: &Path, target: &Path) -> Result<()> {
     tar.args(["--extract", "--wildcards", "--directory"]);
     tar.arg(target).arg("./boot/vmlinuz-*");
     tar.args(MODULES.map(|name| format!("./lib/modules/*/kernel/drivers/{name}")));
+    tar.args(OTHER_MODULES.map(|name| format!("./lib/modules/*/kernel/{name}")));
     let unpacked = tar.stdin(input).status().context("tar cannot be started")?;
     ensure!(
         unpacked.success() && archive.wait()?.success(),

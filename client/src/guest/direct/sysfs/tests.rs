@@ -5,10 +5,13 @@
 
 use std::os::unix::fs::{FileExt, symlink};
 
-use barlink_protocol::wire::layout::{Channel, Name, Policy};
+use barlink_protocol::wire::layout::{Channel, End, Layout, Name, Policy, presence};
 use tempfile::TempDir;
 
 use super::*;
+use crate::guest::direct::session::{Claim, ClaimFault};
+use crate::memory::RingRegion;
+use crate::removal::Removable;
 
 const ADDRESS: &str = "0000:01:00.0";
 const SIZE: u64 = 1 << 20;
@@ -91,7 +94,7 @@ impl Fake {
 
     fn open(&self, access: Access, cache: Cache) -> Result<Arc<Session>, String> {
         let address = ADDRESS.parse().unwrap();
-        let opened = Session::open_in(self.0.path(), address, access, cache);
+        let opened = open_in(self.0.path(), address, access, cache);
         let opened = opened.map(|(session, _)| Arc::new(session));
         opened.map_err(|error| error.to_string())
     }
@@ -343,7 +346,7 @@ fn refuses_devices_that_are_not_barlinks() {
             &|fake: &Fake| symlink("../../drivers/barlink", fake.path("driver")).unwrap(),
         ),
         (
-            "(echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind)",
+            "use vfio:0000:01:00.0, or take the device from it (echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind)",
             &|fake: &Fake| symlink("../../drivers/vfio-pci", fake.path("driver")).unwrap(),
         ),
         ("cannot be used", &|fake: &Fake| fake.store(0, 0)),
@@ -392,12 +395,18 @@ fn sessions_share_one_cache_mode() {
 }
 
 #[test]
-fn candidates_are_devices_without_driver() {
+fn driver_decides_interface_to_candidates() {
     let fake = Fake::new();
-    let found = || folder::candidates(fake.0.path()).len();
+    let found = || {
+        let found = folder::candidates(fake.0.path()).into_iter();
+        found.map(|(_, way)| way).collect::<Vec<_>>()
+    };
     std::fs::create_dir(fake.0.path().join("0000:02:00.0")).unwrap();
     std::fs::create_dir(fake.0.path().join("other")).unwrap();
-    assert_eq!(found(), 1);
-    symlink("../../drivers/barlink", fake.path("driver")).unwrap();
-    assert_eq!(found(), 0);
+    assert_eq!(found(), [Way::Sysfs]);
+    for (driver, ways) in [("vfio-pci", &[Way::Vfio][..]), ("barlink", &[])] {
+        symlink(format!("../../drivers/{driver}"), fake.path("driver")).unwrap();
+        assert_eq!(found(), ways);
+        std::fs::remove_file(fake.path("driver")).unwrap();
+    }
 }

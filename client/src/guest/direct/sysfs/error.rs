@@ -12,7 +12,8 @@ use crate::memory::Access;
 /// The place of the instructions for a device without a driver.
 const HELP: &str = "docs/install.md, \"Without the driver\"";
 
-/// The reason why a device cannot be used by sysfs, without its driver.
+/// The reason why a device cannot be used by sysfs, without its driver, or why there is no such
+/// device at a PCI address.
 ///
 /// ```no_run
 /// use barlink::Error;
@@ -64,6 +65,9 @@ pub enum SysfsError {
         match driver.as_str() {
             "barlink" => "use its node, /dev/barlinkN, or end all programs with the device and unload it (rmmod barlink)"
                 .to_owned(),
+            "vfio-pci" => format!(
+                "use vfio:{address}, or take the device from it (echo {address} >/sys/bus/pci/drivers/{driver}/unbind)"
+            ),
             driver => format!("take the device from it (echo {address} >/sys/bus/pci/drivers/{driver}/unbind)"),
         }
     )]
@@ -76,13 +80,13 @@ pub enum SysfsError {
     /// Several devices have no driver.
     #[error(
         "no barlink device at {path}, and several without a driver: choose one by --device {}",
-        addresses.iter().map(|address| format!("sysfs:{address}")).collect::<Vec<_>>().join(" or --device ")
+        devices.join(" or --device ")
     )]
     Several {
         /// The path that the program asked for.
         path: PathBuf,
-        /// The addresses.
-        addresses: Vec<String>,
+        /// The texts by which a program names them.
+        devices: Vec<String>,
     },
     /// This user may not open the device's files in sysfs.
     #[error(
@@ -98,11 +102,13 @@ pub enum SysfsError {
     /// The kernel permits no mapping of a device without a driver.
     #[error(
         "the kernel of this VM lets no program map {path}, as under Secure Boot (/sys/kernel/security/lockdown): \
-         load the driver"
+         load the driver, or give the device to vfio-pci and use vfio:{address} (docs/install.md, \"By VFIO\")"
     )]
     LockedDown {
         /// The path.
         path: PathBuf,
+        /// The address.
+        address: String,
     },
     /// The device does not answer at the addresses of its memory.
     #[error(

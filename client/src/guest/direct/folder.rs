@@ -14,9 +14,9 @@ use barlink_protocol::wire::uapi;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::guest::direct::address::{PciAddress, Way};
+use crate::guest::direct::sysfs::error::SysfsError;
 use crate::guest::error::DeviceError;
-use crate::guest::sysfs::address::PciAddress;
-use crate::guest::sysfs::error::SysfsError;
 use crate::memory::Access;
 
 /// The folder of all PCI devices.
@@ -44,7 +44,7 @@ pub(super) struct Folder {
 
 impl Folder {
     /// Opens the folder of a device, and checks that it is a device of QEMU's ivshmem or barlink's
-    /// own, without a driver.
+    /// own.
     pub(super) fn open(devices: &Path, address: PciAddress) -> Result<Self, DeviceError> {
         let path = devices.join(address.to_string());
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -69,24 +69,36 @@ impl Folder {
                 device,
             }));
         }
-        folder.check_driver()?;
         Ok(folder)
+    }
+
+    /// Returns the path of the folder, where another device can be by now.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the name of the driver that has the device.
+    pub(super) fn driver(&self) -> Result<Option<String>, DeviceError> {
+        self.link("driver")
     }
 
     /// Returns an error if a driver has the device.
     pub(super) fn check_driver(&self) -> Result<(), DeviceError> {
-        let link = rustix::fs::readlinkat(&self.folder, "driver", Vec::new());
-        let target = match link {
-            Ok(target) => target,
-            Err(Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(self.failed("driver", "read")(error.into())),
+        let address = self.address.to_string();
+        match self.driver()? {
+            None => Ok(()),
+            Some(driver) => Err(SysfsError::Bound { address, driver }.into()),
+        }
+    }
+
+    /// Returns the last part of the target of a link, `None` if there is no such link.
+    pub(super) fn link(&self, name: &str) -> Result<Option<String>, DeviceError> {
+        let target = match rustix::fs::readlinkat(&self.folder, name, Vec::new()) {
+            Ok(target) => target.to_string_lossy().into_owned(),
+            Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(self.failed(name, "read")(error.into())),
         };
-        let target = target.to_string_lossy().into_owned();
-        let name = target.rsplit('/').next().unwrap_or(&target);
-        Err(DeviceError::Sysfs(SysfsError::Bound {
-            address: self.address.to_string(),
-            driver: name.to_owned(),
-        }))
+        Ok(target.rsplit('/').next().map(str::to_owned))
     }
 
     /// Returns whether a driver has the device. The kernel makes the link before the driver has
@@ -207,14 +219,17 @@ fn bar(line: &str) -> Option<Bar> {
 }
 
 /// Lists the devices of QEMU's ivshmem or barlink's own that have no driver, in the order of their
-/// addresses. Whether they are barlink's is in their memory.
-pub(super) fn candidates(devices: &Path) -> Vec<PciAddress> {
+/// addresses, and the interface to each. Whether they are barlink's is in their memory.
+pub(super) fn candidates(devices: &Path) -> Vec<(PciAddress, Way)> {
     let entries = std::fs::read_dir(devices).into_iter().flatten().flatten();
-    let mut found: Vec<PciAddress> = entries
+    let mut found: Vec<(PciAddress, Way)> = entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|address| Folder::open(devices, *address).is_ok())
+        .filter_map(|address| {
+            let driver = Folder::open(devices, address).ok()?.driver().ok()?;
+            Some((address, Way::by_driver(driver.as_deref())?))
+        })
         .collect();
-    found.sort();
+    found.sort_by_key(|(address, _)| *address);
     found
 }
 

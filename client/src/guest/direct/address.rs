@@ -4,29 +4,59 @@
 //! device without a driver.
 
 use std::fmt::{self, Display, Formatter};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 
-use crate::guest::sysfs::error::SysfsError;
+use crate::guest::direct::sysfs::error::SysfsError;
+use crate::guest::direct::vfio;
 
-/// The text before an address by which a program names a device without a driver.
-const PREFIX: &str = "sysfs:";
+/// The kernel's interface to a device without a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// The files of the device's folder in sysfs.
+    Sysfs,
+    /// The driver `vfio-pci`.
+    Vfio,
+}
+
+impl Way {
+    const ALL: [Way; 2] = [Way::Sysfs, Way::Vfio];
+
+    /// Returns the text before an address by which a program names the device.
+    const fn prefix(self) -> &'static str {
+        match self {
+            Way::Sysfs => "sysfs:",
+            Way::Vfio => "vfio:",
+        }
+    }
+
+    /// Returns the interface to a device that has this driver, `None` if the driver keeps programs
+    /// away from it.
+    pub(super) fn by_driver(driver: Option<&str>) -> Option<Self> {
+        match driver {
+            None => Some(Way::Sysfs),
+            Some(vfio::DRIVER) => Some(Way::Vfio),
+            Some(_) => None,
+        }
+    }
+
+    /// Returns the text by which a program names the device.
+    pub(crate) fn name(self, address: PciAddress) -> String {
+        format!("{}{address}", self.prefix())
+    }
+}
 
 /// The address of a PCI device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct PciAddress(u32);
 
 impl PciAddress {
-    /// Returns the address that a program names by `sysfs:ADDRESS`; `None` if the text begins
-    /// otherwise.
-    pub(crate) fn named_by(device: &Path) -> Option<Result<Self, SysfsError>> {
-        let text = device.to_str()?.strip_prefix(PREFIX)?;
-        Some(text.parse())
-    }
-
-    /// Returns the text by which a program names the device.
-    pub(crate) fn name(self) -> PathBuf {
-        format!("{PREFIX}{self}").into()
+    /// Returns the interface and the address that a program names, as by `sysfs:ADDRESS`; `None` if
+    /// the text begins otherwise.
+    pub(crate) fn named_by(device: &Path) -> Option<(Way, Result<Self, SysfsError>)> {
+        let text = device.to_str()?;
+        let mut ways = Way::ALL.into_iter();
+        ways.find_map(|way| Some((way, text.strip_prefix(way.prefix())?.parse())))
     }
 
     /// Returns the number, as [`Info::pci_address`](barlink_protocol::wire::uapi::Info) has it.
@@ -109,12 +139,19 @@ mod tests {
 
     #[test]
     fn prefix_names_device_without_driver() {
-        let named = |text: &str| PciAddress::named_by(Path::new(text)).map(Result::ok);
+        let named = |text: &str| {
+            let (way, address) = PciAddress::named_by(Path::new(text))?;
+            Some((way, address.ok()))
+        };
         let address: PciAddress = "01:00.0".parse().unwrap();
-        assert_eq!(named("sysfs:01:00.0"), Some(Some(address)));
-        assert_eq!(named("sysfs:vm1"), Some(None));
+        for way in Way::ALL {
+            assert_eq!(named(&way.name(address)), Some((way, Some(address))));
+        }
+        assert_eq!(named("sysfs:01:00.0"), Some((Way::Sysfs, Some(address))));
+        assert_eq!(named("sysfs:vm1"), Some((Way::Sysfs, None)));
+        assert_eq!(named("vfio:01:00.0"), Some((Way::Vfio, Some(address))));
         assert_eq!(named("/dev/barlink0"), None);
         assert_eq!(named("vm1"), None);
-        assert_eq!(address.name(), Path::new("sysfs:0000:01:00.0"));
+        assert_eq!(Way::Sysfs.name(address), "sysfs:0000:01:00.0");
     }
 }
