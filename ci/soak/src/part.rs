@@ -162,9 +162,15 @@ pub fn all() -> Result<Vec<Part>> {
         ),
         (
             "packages",
-            "the Debian packages on a clean Debian: installed, booted, upgraded, removed, with dkms and built",
-            700,
-            "package(barlink-package) & kind(test)",
+            "the Debian packages on a clean Debian: installed, booted, upgraded, removed",
+            560,
+            "package(barlink-package) & kind(test) & not test(built_driver)",
+        ),
+        (
+            "built-driver",
+            "the package of the built driver on a clean Debian: installed, booted, replaced by dkms",
+            240,
+            "test(built_driver_loads_on_clean_debian)",
         ),
         (
             "bench",
