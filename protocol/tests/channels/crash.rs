@@ -8,8 +8,10 @@ use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 
 use barlink_protocol::cursor::{Detached, Kind};
-use barlink_protocol::wire::layout::{Channel, Name, Policy, channel};
-use barlink_protocol::{Consumer, FirstSequenceError, Notify, Producer, ReserveError, state};
+use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy, channel};
+use barlink_protocol::{
+    Consumer, FirstSequenceError, Notify, Producer, ReserveError, state, table,
+};
 use proptest::prelude::*;
 
 use crate::example::DOCUMENT;
@@ -570,4 +572,31 @@ proptest! {
         // A reset that is refused at once changes nothing.
         prop_assert_eq!(killed > 0, free > 0);
     }
+}
+
+/// A broker that is killed while it adds a channel leaves the former table or the whole new one.
+#[test]
+fn killed_broker_publishes_whole_entry_or_none() {
+    let before = Layout::new(1 << 16, 1, 1, 1 << 15, 0, &[]).unwrap();
+    let before = before.with_reserve(FIRST_FREE, 1 << 13).unwrap();
+    let mut after = before.clone();
+    after
+        .append(Channel {
+            offset: FIRST_FREE,
+            ..entry()
+        })
+        .unwrap();
+    let memory = Recorded::new((0..before.region_size / 8).map(|_| 0));
+    state::publish(&memory.region(), &before);
+    let ((), states) = memory.record(|| table::publish(&memory.region(), &after, 0));
+    let read = |state: &State| {
+        let page = state.first_chunk().unwrap();
+        Layout::decode(page, before.region_size).unwrap()
+    };
+    let (last, killed) = states.split_last().unwrap();
+    assert!(killed.len() > 3, "{} states", killed.len());
+    for state in killed {
+        assert_eq!(read(state), before);
+    }
+    assert_eq!(read(last), after);
 }
