@@ -39,7 +39,8 @@ pub type RingRegion = region::Region<Mapping>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Access {
-    /// The process only reads: neither descriptor nor mapping permits more.
+    /// The process only reads: neither descriptor nor mapping permits more, except by VFIO, which
+    /// knows no rights to read alone.
     ReadOnly,
     /// The process sends, receives or pokes.
     ReadWrite,

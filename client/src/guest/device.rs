@@ -31,7 +31,8 @@ use crate::sender::Sender;
 use crate::tap::Tap;
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
-/// driver unbound, an access to its region is SIGBUS.
+/// driver unbound, an access to its region is SIGBUS. By VFIO the memory stays, and the kernel waits
+/// until the program has dropped the device, its ends and all its regions.
 ///
 /// ```no_run
 /// use barlink::Kind;
@@ -304,7 +305,8 @@ impl Device {
 
     /// Waits until the device is gone, unbound or unplugged, or has lost its region, for which it
     /// looks every ten seconds. When the device is gone, its mappings have lost their memory, and
-    /// an access to them is SIGBUS.
+    /// an access to them is SIGBUS. By VFIO the memory stays, and the kernel waits until the
+    /// program has dropped the device, its ends and all its regions.
     ///
     /// ```no_run
     /// use barlink::{Kind, guest};

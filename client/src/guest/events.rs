@@ -77,9 +77,10 @@ impl Waker {
         let session = claim.session();
         let vectors = session.vectors();
         if let (Some(control), Some(own)) = (vectors.first(), vectors.get(vector as usize)) {
-            // The device can be removed while the end sleeps.
-            let others = [control.as_fd(), session.as_fd()];
-            return Ok(Waker::Vectors(Vectors::new(own.as_fd(), &others)?));
+            // The device can be removed while the end sleeps. Vector 0 can be the channel's own.
+            let others = [session.as_fd(), control.as_fd()];
+            let others = &others[..1 + usize::from(vector != 0)];
+            return Ok(Waker::Vectors(Vectors::new(own.as_fd(), others)?));
         }
         let never = Timer::new()?;
         never.set(Duration::ZERO);

@@ -126,7 +126,7 @@ impl OpenOptions {
     }
 
     /// Sets whether the program may write to the region. A program that only reads needs no
-    /// permission to write to the device. It can claim no ends.
+    /// permission to write to the device, except by VFIO. It can claim no ends.
     ///
     /// ```no_run
     /// use barlink::Access;

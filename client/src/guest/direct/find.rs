@@ -103,6 +103,14 @@ pub(crate) fn choose(
     access: Access,
 ) -> Result<Option<Opened>, DeviceError> {
     let mut devices = without_driver();
+    // A device with `vfio-pci` can be that of another program.
+    if let [_, _, ..] = devices[..]
+        && devices
+            .iter()
+            .any(|found| matches!(found, Found::Sysfs(..)))
+    {
+        devices.retain(|found| matches!(found, Found::Sysfs(..)));
+    }
     if devices.len() > 1 {
         return Err(several(path, &devices).into());
     }
@@ -121,7 +129,8 @@ pub(crate) fn choose(
 
 /// Opens the barlink device without a driver whose broker has this name, if there is one. A device
 /// that cannot be asked for its name is an error if no other one has the name. By VFIO, devices are
-/// asked only if no other one has the name.
+/// asked only if no other one has the name, and one that is in use or not permitted is passed over,
+/// because it can be that of another program.
 pub(crate) fn named(
     name: &str,
     cache: Cache,
@@ -136,22 +145,27 @@ pub(crate) fn named(
             Found::Vfio(address) => silent.push(address),
         }
     }
-    match &found[..] {
-        [] => (),
-        [Found::Sysfs(address, _)] => {
-            return open(Way::Sysfs, *address, cache, access).map(Some);
+    if found.is_empty() {
+        for address in silent {
+            // A session that only reads begins no epoch.
+            match vfio::open(address, Access::ReadOnly, Cache::Same) {
+                Ok((session, ..)) if session.identity().name.as_str() == name => {
+                    found.push(Found::Vfio(address));
+                }
+                Ok(_)
+                | Err(DeviceError::Vfio(VfioError::Busy { .. } | VfioError::Permission { .. })) => {
+                }
+                Err(error) if is_other(&error) => (),
+                Err(error) => fault = Some(error),
+            }
         }
-        _ => return Err(several(Path::new(name), &found).into()),
     }
-    for address in silent {
-        match open(Way::Vfio, address, cache, access) {
-            Ok((session, ..)) if session.identity().name.as_str() != name => (),
-            Ok(opened) => return Ok(Some(opened)),
-            Err(error) if is_other(&error) => (),
-            Err(error) => fault = Some(error),
-        }
+    match (&found[..], fault) {
+        ([], fault) => fault.map_or(Ok(None), Err),
+        ([Found::Sysfs(address, _)], _) => open(Way::Sysfs, *address, cache, access).map(Some),
+        ([Found::Vfio(address)], _) => open(Way::Vfio, *address, cache, access).map(Some),
+        _ => Err(several(Path::new(name), &found).into()),
     }
-    fault.map_or(Ok(None), Err)
 }
 
 fn several(path: &Path, devices: &[Found]) -> SysfsError {

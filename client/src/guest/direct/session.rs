@@ -41,7 +41,7 @@ pub(super) trait Handle: Debug + Send + Sync {
     /// it back.
     fn keeps_memory(&self) -> bool;
 
-    /// Sleeps for a time, or until the device is removed where the kernel says so. It can be
+    /// Sleeps for a time, or until the device is removed where the kernel says so. The sleep can be
     /// shorter.
     fn sleep(&self, time: Duration) -> Result<(), Errno>;
 
@@ -275,6 +275,7 @@ impl Session {
         if self.locks.is_some() || self.process.check().is_err() {
             return Ok(Arc::new(self.again(Access::ReadWrite)?));
         }
+        self.check("open for writing")?;
         // There is no other session, and the kernel permits no second one.
         self.begin(false)?;
         Ok(Arc::clone(self))

@@ -64,7 +64,7 @@ fn with_number(file: impl AsFd, number: u32, argument: u32) -> Result<i32, Errno
 /// The call takes a pointer to a `T`, uses no more than that, and leaves a valid `T`.
 unsafe fn with_value<T>(file: impl AsFd, number: u32, value: &mut T) -> Result<i32, Errno> {
     let argument = std::ptr::from_mut(value).cast();
-    // SAFETY: the caller's.
+    // SAFETY: the caller guarantees it.
     unsafe { ioctl(file, Call { number, argument }) }
 }
 

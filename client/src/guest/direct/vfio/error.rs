@@ -28,9 +28,9 @@ const HELP: &str = "docs/install.md, \"By VFIO\"";
 pub enum VfioError {
     /// The device is not bound to `vfio-pci`.
     #[error(
-        "PCI device {address} {has}, not vfio-pci: give it to vfio-pci (modprobe vfio-pci; echo vfio-pci \
+        "PCI device {address} has {has}: give it to vfio-pci (modprobe vfio-pci; echo vfio-pci \
          >/sys/bus/pci/devices/{address}/driver_override{unbind}; echo {address} >/sys/bus/pci/drivers_probe)",
-        has = driver.as_ref().map_or("has no driver".to_owned(), |driver| format!("has driver {driver}")),
+        has = driver.as_ref().map_or("no driver".to_owned(), |driver| format!("driver {driver}, not vfio-pci")),
         unbind = match driver {
             Some(_) => format!("; echo {address} >/sys/bus/pci/devices/{address}/driver/unbind"),
             None => String::new(),

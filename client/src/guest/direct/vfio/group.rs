@@ -29,6 +29,12 @@ pub(in crate::guest::direct) const DRIVER: &str = "vfio-pci";
 /// Files of the kernel that are open as long as the device is. The last one is the container.
 pub(super) type Open = (File, [OwnedFd; 2]);
 
+/// Returns whether the kernel was told to do without an IOMMU.
+fn permits_no_iommu() -> bool {
+    let text = std::fs::read_to_string("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode");
+    text.is_ok_and(|text| text.starts_with('Y'))
+}
+
 /// Opens a device. Programs are excluded from then on, this one included.
 pub(super) fn open(folder: &Folder, address: PciAddress) -> Result<Open, DeviceError> {
     let name = || PathBuf::from(Way::Vfio.name(address));
@@ -41,10 +47,13 @@ pub(super) fn open(folder: &Folder, address: PciAddress) -> Result<Open, DeviceE
         }
     };
     let number = folder.link("iommu_group")?;
+    // Without an IOMMU the kernel makes the group when `vfio-pci` gets the device.
+    if number.is_some() || permits_no_iommu() {
+        check_driver(folder, address)?;
+    }
     let number = number.ok_or_else(|| VfioError::NoIommu {
         address: address.to_string(),
     })?;
-    check_driver(folder, address)?;
     let files = Path::new(FILES);
     let path = files.join("vfio");
     let missing = |path: &Path, module| VfioError::Missing {

@@ -3,7 +3,7 @@
 //! A device without its driver, by VFIO: the kernel's driver `vfio-pci` gives one process at a time
 //! the device's memory, and its interrupts as eventfds. So ends sleep and are woken.
 //!
-//! Nothing is mapped for the device in its IOMMU, so that it cannot reach the guest's memory.
+//! With an IOMMU the device cannot reach the guest's memory, because nothing is mapped for it.
 
 mod calls;
 pub(crate) mod error;
@@ -83,9 +83,12 @@ impl Device {
         let vectors = (0..count.min(most)).map(|_| eventfd(0, flags));
         self.vectors = vectors.collect::<Result<_, _>>()?;
         while !self.vectors.is_empty() {
-            match calls::set_eventfds(&self.file, VFIO_PCI_MSIX_IRQ_INDEX, &self.vectors)? {
-                Some(fewer) => self.vectors.truncate(fewer.min(self.vectors.len() - 1)),
-                None => break,
+            match calls::set_eventfds(&self.file, VFIO_PCI_MSIX_IRQ_INDEX, &self.vectors) {
+                Ok(Some(fewer)) => self.vectors.truncate(fewer.min(self.vectors.len() - 1)),
+                Ok(None) => break,
+                // The kernel has no vector left, so that ends poll.
+                Err(Errno::NOSPC) => self.vectors.clear(),
+                Err(error) => return Err(error),
             }
         }
         Ok(())
@@ -222,7 +225,7 @@ pub(super) fn open(
         Box::new(page.over_write_combining().page(0))
     };
     let layout = superblock::decode(&words, bar.size, name(address), address, id)?;
-    // Also for a session that reads, because it can begin to write.
+    // A session that reads has the page for writing as well, because it can begin to write.
     let page = map_at(page_offset, PAGE_SIZE as usize, Access::ReadWrite)?;
     let size = usize::try_from(layout.mappable_size()).unwrap_or(usize::MAX);
     let choice = match cache {
