@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use barlink_bench::{BenchArgs, run};
+use barlink_sandbox::setup::exit_code;
 use clap::Parser;
 
 /// Measures how fast a guest and the host exchange records, over every transport
@@ -18,6 +19,6 @@ struct Cli {
 fn main() -> ExitCode {
     run(&Cli::parse().args).unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
-        ExitCode::FAILURE
+        exit_code(&error)
     })
 }

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::Deserialize;
 
@@ -58,8 +58,9 @@ impl PackageArgs {
             return Ok(None);
         }
         let signer = match &self.sign[..] {
+            [] => None,
             [key, certificate] => Some(Signer::new(key, certificate)?),
-            _ => None,
+            _ => bail!("--sign was given more than once"),
         };
         let kernels = setup::ensure_all(&ToolArgs {
             kernel: self.kernel.clone(),

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use barlink_package::{PackageArgs, run};
+use barlink_sandbox::setup::exit_code;
 use clap::Parser;
 
 /// Makes Debian packages of the programs and the driver
@@ -18,6 +19,6 @@ struct Cli {
 fn main() -> ExitCode {
     run(&Cli::parse().args).unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
-        ExitCode::FAILURE
+        exit_code(&error)
     })
 }

@@ -47,9 +47,16 @@ impl Signer {
         let read = |path: &Path| {
             fs::read(path).with_context(|| format!("--sign: {} cannot be read", path.display()))
         };
+        let text = read(key)?;
+        let has = |part: &[u8]| text.windows(part.len()).any(|found| found == part);
         ensure!(
-            read(key)?.starts_with(b"-----BEGIN"),
+            text.starts_with(b"-----BEGIN") && has(b"PRIVATE KEY-----"),
             "--sign: {} is no private key in PEM: convert it with `openssl pkey -inform DER`",
+            key.display()
+        );
+        ensure!(
+            !has(b"ENCRYPTED"),
+            "--sign: {} has a passphrase: remove it with `openssl pkey`",
             key.display()
         );
         // A DER certificate is a sequence.

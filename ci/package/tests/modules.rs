@@ -188,6 +188,24 @@ fn foreign_files_and_links_are_kept() -> Result<()> {
         "{output}"
     );
     ensure!(fs::read_dir(&elsewhere)?.next().is_none(), "{output}");
+    // A folder that is no kernel's is left alone.
+    let empty = system.folder.path().join("modules/empty");
+    fs::create_dir(&empty)?;
+    let output = system.run(&format!("{SELECT} --remove"))?;
+    ensure!(empty.is_dir() && !output.contains("empty"), "{output}");
+    Ok(())
+}
+
+#[test]
+fn drivers_are_selected_by_relative_path() -> Result<()> {
+    let system = System::new()?;
+    let release = KERNELS[0].0;
+    for command in [SELECT, "cd /barlink; ./select-module", SELECT] {
+        let output = system.run(&format!("{command} {release}"))?;
+        ensure!(output.contains("has its driver"), "{command}: {output}");
+    }
+    let link = fs::read_link(system.updates(release).join("barlink.ko.xz"))?;
+    ensure!(link.is_absolute(), "{}", link.display());
     Ok(())
 }
 

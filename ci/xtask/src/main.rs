@@ -15,17 +15,13 @@ mod words;
 
 use std::process::ExitCode;
 
-use barlink_sandbox::setup::NoKernel;
+use barlink_sandbox::setup::exit_code;
 use barlink_sandbox::tools::ToolArgs;
 use clap::{Parser, Subcommand};
 
 use self::delegate::Words;
 use self::demo::DemoArgs;
 use self::test::TestArgs;
-
-/// Exit code if the mirror has no kernel of the wanted series. The host is not at fault, so
-/// `.ci/run` continues without that kernel.
-const NO_KERNEL: u8 = 3;
 
 /// Tasks of the barlink project
 #[derive(Parser)]
@@ -77,9 +73,6 @@ fn main() -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
-        match error.is::<NoKernel>() {
-            true => ExitCode::from(NO_KERNEL),
-            false => ExitCode::FAILURE,
-        }
+        exit_code(&error)
     })
 }

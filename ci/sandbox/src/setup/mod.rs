@@ -14,14 +14,15 @@ mod stock;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::slice;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use tempfile::TempDir;
 
 use self::cache::{Cache, Lock};
 use self::kernels::Kernel;
-pub use self::kernels::NoKernel;
+use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
 pub use self::stock::StockKernel;
@@ -29,6 +30,15 @@ use crate::recipe::{Kind, Recipe};
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;
 use crate::tools::{ToolArgs, Tools};
+
+/// Returns the exit code of a task that has failed: 3 if the mirror has no kernel of the wanted
+/// series, otherwise 1. At 3 the host is not at fault, so `.ci/run` goes on without that kernel.
+pub fn exit_code(error: &Error) -> ExitCode {
+    match error.is::<NoKernel>() {
+        true => ExitCode::from(3),
+        false => ExitCode::FAILURE,
+    }
+}
 
 /// Removes the sandboxes of other versions of barlink, except for those in use. Returns the removed
 /// ones and the ones left in use.
