@@ -3,6 +3,7 @@
 //! `cargo xtask bench` in its short form: it measures every way, and its results meet limits that
 //! hold on any machine.
 
+use std::collections::HashMap;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +23,7 @@ fn short_bench_measures_every_way() -> Result<()> {
     host_processes_stream_every_record_size(&report)?;
     let results = results(&report)?;
     readers_account_for_every_record(&results)?;
+    taps_keep_up_and_add_up(&results)?;
     newest_values_are_whole(&results)?;
     sleeping_ends_use_no_processor(&report)?;
     both_ends_sleep_in_sleeping_trips(&report)?;
@@ -114,6 +116,28 @@ fn readers_account_for_every_record(results: &Value) -> Result<()> {
             ensure!((median(row, "read")? > 0.0) == (reading > 0), "{row}");
         }
     }
+    Ok(())
+}
+
+/// Checks two goals of taps (`docs/performance.md`): none misses a frame of a camera, and several
+/// together read at least 0.9 times as fast as one.
+fn taps_keep_up_and_add_up(results: &Value) -> Result<()> {
+    let rows = rows(results, "readers", &json!("within"))?;
+    let mut alone = HashMap::new();
+    for row in rows.iter().filter(|row| row["pace"].is_null()) {
+        let size = row["record_size"].as_u64().context("no size")?;
+        match row["reading"].as_u64() {
+            Some(0) => (),
+            Some(1) => drop(alone.insert(size, median(row, "read")?)),
+            _ => {
+                let one = alone.get(&size).context("no rate of one tap")?;
+                ensure!(median(row, "read")? >= 0.9 * one, "{row}");
+            }
+        }
+    }
+    let mut paced = rows.iter().filter(|row| !row["pace"].is_null());
+    let camera = paced.next().context("no camera")?;
+    ensure!(camera["missed"] == 0, "{camera}");
     Ok(())
 }
 
