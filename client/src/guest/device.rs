@@ -31,8 +31,8 @@ use crate::sender::Sender;
 use crate::tap::Tap;
 
 /// A device, open and mapped. Ends of channels outlive it. After the device was unplugged, or its
-/// driver unbound, an access to its region is SIGBUS. By VFIO the memory stays, and the kernel waits
-/// until the program has dropped the device, its ends and all its regions.
+/// driver unbound, an access to its region is SIGBUS. By VFIO the memory stays, and the kernel
+/// waits until the program has dropped the device, its ends and all its regions.
 ///
 /// ```no_run
 /// use barlink::Kind;
