@@ -281,3 +281,17 @@ pub fn echo(broker: &Broker, vm: &Vm, options: &[&str], length: usize) -> Result
     ensure!(receiver.bytes()? == bytes, "{length} bytes");
     echo.wait(COMMAND_TIMEOUT)?.require_success()
 }
+
+/// Checks that programs of a guest without the driver use the only device, which has this name, and
+/// say so in one line.
+pub fn uses_only_device(vm: &Vm, name: &str) -> Result<()> {
+    let output = vm.run(["barlink-guest", "poke", "of the guest"])?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status == Status::Code(0)
+            && errors.starts_with(&format!("barlink-guest: no driver, using {name} ("))
+            && errors.lines().count() == 1,
+        "{errors}"
+    );
+    Ok(())
+}

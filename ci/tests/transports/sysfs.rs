@@ -32,15 +32,7 @@ fn guest_without_driver_streams_both_ways() -> Result<()> {
     let address = address(&vm)?;
     let named = format!("sysfs:{address}");
 
-    // The only device is chosen, and a line says so.
-    let output = vm.run(["barlink-guest", "poke", "of the guest"])?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status == Status::Code(0)
-            && errors.starts_with(&format!("barlink-guest: no driver, using {named} ("))
-            && errors.lines().count() == 1,
-        "{errors}"
-    );
+    uses_only_device(&vm, &named)?;
     let output = vm.run(["barlink-guest", "info", "--json"])?;
     ensure!(output.stderr.is_empty(), "{output:?}");
     ensure!(broker.run(["peek", "--raw", "--length", "12"])? == b"of the guest");

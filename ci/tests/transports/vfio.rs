@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
+use barlink_sandbox::setup::VFIO_MODULES;
 use barlink_sandbox::tools::Tools;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
@@ -21,19 +22,9 @@ use serde_json::Value;
 use super::{TRANSPORT, restore, tools};
 use crate::support::*;
 
-/// The modules of VFIO, in the order in which they are loaded. Not every kernel has the third one.
-const MODULES: [&str; 6] = [
-    "virt/lib/irqbypass.ko",
-    "drivers/vfio/vfio.ko",
-    "drivers/vfio/vfio_virqfd.ko",
-    "drivers/vfio/vfio_iommu_type1.ko",
-    "drivers/vfio/pci/vfio-pci-core.ko",
-    "drivers/vfio/pci/vfio-pci.ko",
-];
-
 /// Loads the modules of VFIO.
 fn load_vfio(vm: &Vm, tools: &Tools) -> Result<()> {
-    for name in MODULES {
+    for name in VFIO_MODULES {
         let path = match tools.module(name) {
             Err(_) if name.contains("virqfd") => continue,
             path => path?,
@@ -78,15 +69,7 @@ fn guest_streams_by_vfio() -> Result<()> {
     let named = format!("vfio:{address}");
     let named = named.as_str();
 
-    // The only device is chosen, and a line says so.
-    let output = vm.run(["barlink-guest", "poke", "of the guest"])?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status == Status::Code(0)
-            && errors.starts_with(&format!("barlink-guest: no driver, using {named} ("))
-            && errors.lines().count() == 1,
-        "{errors}"
-    );
+    uses_only_device(&vm, named)?;
     ensure!(broker.run(["peek", "--raw", "--length", "12"])? == b"of the guest");
     broker.run(["poke", "of the host"])?;
     let words = ["barlink-guest", "peek", "--raw", "--length", "11"];

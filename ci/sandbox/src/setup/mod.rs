@@ -25,7 +25,7 @@ use self::kernels::Kernel;
 use self::kernels::NoKernel;
 use self::metadata::Unfinished;
 pub use self::program::program;
-pub use self::stock::StockKernel;
+pub use self::stock::{StockKernel, VFIO_MODULES};
 use crate::recipe::{Kind, Recipe};
 use crate::sandbox::Sandbox;
 use crate::steps::Steps;

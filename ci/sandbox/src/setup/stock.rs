@@ -28,8 +28,9 @@ const MODULES: [&str; 6] = [
     "virtio/virtio_pci.ko",
     "char/virtio_console.ko",
 ];
-/// Modules that tests load, below `kernel/`.
-const OTHER_MODULES: [&str; 6] = [
+/// The modules of VFIO, below `kernel/`, in the order in which they are loaded. Only an older
+/// kernel has the third one.
+pub const VFIO_MODULES: [&str; 6] = [
     "virt/lib/irqbypass.ko",
     "drivers/vfio/vfio.ko",
     "drivers/vfio/vfio_virqfd.ko",
@@ -92,7 +93,7 @@ impl StockKernel {
         let kernel = folder.join(format!("lib/modules/{release}/kernel"));
         let drivers = kernel.join("drivers");
         let modules: Vec<_> = MODULES.iter().map(|name| drivers.join(name)).collect();
-        let others = OTHER_MODULES.iter().map(|name| kernel.join(name));
+        let others = VFIO_MODULES.iter().map(|name| kernel.join(name));
         let mut all = modules.iter().cloned().chain(others);
         all.all(|path| path.is_file()).then_some(Self {
             release,
@@ -163,7 +164,7 @@ fn unpack(package: &Path, target: &Path) -> Result<()> {
     tar.args(["--extract", "--wildcards", "--directory"]);
     tar.arg(target).arg("./boot/vmlinuz-*");
     tar.args(MODULES.map(|name| format!("./lib/modules/*/kernel/drivers/{name}")));
-    tar.args(OTHER_MODULES.map(|name| format!("./lib/modules/*/kernel/{name}")));
+    tar.args(VFIO_MODULES.map(|name| format!("./lib/modules/*/kernel/{name}")));
     let unpacked = tar.stdin(input).status().context("tar cannot be started")?;
     ensure!(
         unpacked.success() && archive.wait()?.success(),
