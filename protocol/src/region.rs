@@ -540,8 +540,8 @@ pub(crate) fn seek(fd: libc::c_int, offset: i64) -> Option<u64> {
     u64::try_from(position).ok()
 }
 
-/// Returns the error that each `read(2)` of a descriptor would have, if it is of a folder or of a
-/// socket that listens, cannot be read at all, or is not open for reading.
+/// Returns the error that each `read(2)` of a descriptor would have, if it is of a folder, of a
+/// socket that listens or of an epoll, or is not open for reading.
 #[cfg(not(loom))]
 pub(crate) fn check_readable(fd: libc::c_int) -> io::Result<()> {
     if stat(fd).is_some_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFDIR) {
@@ -549,9 +549,12 @@ pub(crate) fn check_readable(fd: libc::c_int) -> io::Result<()> {
     }
     check_access(fd, libc::O_WRONLY)?;
     let listens = socket_option(fd, libc::SO_ACCEPTCONN).is_some_and(|listens| listens != 0);
-    // SAFETY: The call accesses no memory, because it reads no bytes.
-    let can_read = unsafe { libc::read(fd, core::ptr::null_mut(), 0) } == 0;
-    match listens || !can_read && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+    // A read of no bytes would tell as well, but takes a message from some devices, such as
+    // /dev/kmsg.
+    let mut event = core::mem::MaybeUninit::<libc::epoll_event>::zeroed();
+    // SAFETY: `epoll_wait` writes at most one event, which is borrowed exclusively.
+    let is_epoll = unsafe { libc::epoll_wait(fd, event.as_mut_ptr(), 1, 0) } >= 0;
+    match listens || is_epoll {
         true => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         false => Ok(()),
     }
