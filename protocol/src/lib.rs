@@ -78,6 +78,7 @@ pub mod state;
 mod strategy;
 #[cfg(not(loom))]
 pub mod stream;
+mod streaming;
 mod sync;
 pub mod table;
 mod tap;

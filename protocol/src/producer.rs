@@ -4,11 +4,13 @@
 //! other end must be rung ([`Notify`]), and [`Sender`](crate::Sender) rings it.
 
 use core::ops::Deref;
+use core::time::Duration;
 
 use crate::cursor::{
     Capacity, Corrupt, Detached, HEADER_BYTES, Header, Kind, PADDING_WORD, Place, Reset, Stamp,
 };
 use crate::region::Region;
+use crate::streaming::{Choice, LARGE};
 use crate::sync::AtomicU64;
 use crate::wire::layout::{Channel, channel};
 
@@ -150,6 +152,8 @@ pub struct Producer<M> {
     rung: u64,
     /// Number of these records that are marks of streams.
     marks: u64,
+    /// Whether large records are written by streaming stores.
+    streaming: Choice,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
@@ -196,6 +200,7 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             first,
             rung: region.load(base + channel::PRODUCER_RUNG),
             marks: region.load(base + channel::MARKS),
+            streaming: Choice::new(capacity.bytes()),
             older_note: 1 - current,
             region,
             base,
@@ -484,6 +489,13 @@ impl<M: Deref<Target = [AtomicU64]>> Producer<M> {
             .store(self.base + channel::PRODUCER_THRESHOLD, 0);
     }
 
+    /// Counts the payload of a staged or committed record, so that large ones are written in the
+    /// faster way. `now` reads a monotonic clock.
+    #[inline]
+    pub(crate) fn count_bytes(&mut self, length: u32, now: impl FnOnce() -> Duration) {
+        self.streaming.count(length, now);
+    }
+
     /// Counts a doorbell that this end rang.
     pub fn count_ring(&mut self) {
         self.rung = self.rung.wrapping_add(1);
@@ -565,9 +577,9 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
             bytes.len(),
             self.length
         );
-        self.producer
-            .region
-            .copy_in(self.payload() + u64::from(offset), bytes);
+        let at = self.payload() + u64::from(offset);
+        let streams = self.producer.streaming.streams(self.length);
+        self.producer.region.copy_in_by(at, bytes, streams);
         self.padded = offset + bytes.len() as u32;
     }
 
@@ -630,6 +642,10 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
         let Stamp { time, clock } = stamp.into();
         if !length.is_multiple_of(8) && length != self.padded {
             self.pad(length);
+        }
+        if self.length >= LARGE {
+            // SYNC: data-then-cursor; the stores of the commit note and of the cursor come behind.
+            self.producer.region.fence_streamed();
         }
         let Reservation {
             producer, place, ..

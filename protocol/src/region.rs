@@ -92,6 +92,10 @@ pub enum ModelFence {
     Commit,
     /// The Release order of a producer's store of its dropped records.
     Dropped,
+    /// The fence of a reset between its generation and its loads of the cursors.
+    Reset,
+    /// The Release order of the channel table's count.
+    Count,
 }
 
 impl<M: Deref<Target = [AtomicU64]>> Region<M> {
@@ -105,7 +109,7 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         }
     }
 
-    /// Returns the same region, over which a producer or a tap leaves out a fence.
+    /// Returns the same region, over which a program leaves out a fence.
     #[cfg(loom)]
     pub fn without(self, fence: ModelFence) -> Self {
         Region {
@@ -179,6 +183,24 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         self.fence();
     }
 
+    /// Orders the generation of a reset before its loads of the cursors.
+    pub(crate) fn fence_reset(&self) {
+        #[cfg(loom)]
+        if self.leaves_out(ModelFence::Reset) {
+            return;
+        }
+        self.fence();
+    }
+
+    /// Stores the count of the channel table behind its entries.
+    pub(crate) fn release_count(&self, offset: u64, value: u64) {
+        #[cfg(loom)]
+        if self.leaves_out(ModelFence::Count) {
+            return self.store(offset, value);
+        }
+        self.release(offset, value);
+    }
+
     /// Stores the number of a producer's dropped records behind all commits before.
     pub(crate) fn release_dropped(&self, offset: u64, value: u64) {
         #[cfg(loom)]
@@ -213,6 +235,11 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
         self.copier.fence_all();
     }
 
+    /// Orders streaming stores before all stores behind the fence.
+    pub(crate) fn fence_streamed(&self) {
+        self.copier.fence_streamed();
+    }
+
     /// Loads a word that no other words depend on.
     pub fn load(&self, offset: u64) -> u64 {
         self.word(offset).load(Ordering::Relaxed)
@@ -238,10 +265,17 @@ impl<M: Deref<Target = [AtomicU64]>> Region<M> {
     /// zero.
     #[inline]
     pub fn copy_in(&self, offset: u64, bytes: &[u8]) {
+        self.copy_in_by(offset, bytes, false);
+    }
+
+    /// Copies bytes into the region as [`Region::copy_in`] does, with streaming stores if `streams`
+    /// is true. [`Region::fence_streamed`] orders such stores before later ones.
+    #[inline]
+    pub(crate) fn copy_in_by(&self, offset: u64, bytes: &[u8], streams: bool) {
         let target = self.words(offset, bytes.len());
         let (whole, tail) = bytes.split_at(bytes.len() / 8 * 8);
         let (words, last) = target.split_at(whole.len() / 8);
-        self.copier.copy_in(words, whole);
+        self.copier.copy_in(words, whole, streams);
         if let [word] = last {
             let mut padded = [0; 8];
             padded[..tail.len()].copy_from_slice(tail);
@@ -356,14 +390,16 @@ fn index(offset: u64) -> usize {
 
 /// Converts an offset to the index of a word in a model's memory. loom tracks every word, so the
 /// model has only the words in use: of the broker's page, the driver's page, and between them one
-/// channel, all of one slot.
+/// channel, all of one slot. A model of the channel table has only the table.
 #[cfg(loom)]
 fn index(offset: u64) -> usize {
-    use crate::wire::layout::{FIRST_FREE, PAGE_SIZE, channel, presence};
+    use crate::wire::layout::{FIRST_FREE, PAGE_SIZE, TABLE_COUNT, channel, presence, table_entry};
     const HEADER: u64 = FIRST_FREE / PAGE_SIZE;
     const DATA: u64 = HEADER + 1;
     let within = offset % PAGE_SIZE;
     let word = match (offset / PAGE_SIZE, within) {
+        (0, TABLE_COUNT) => 0,
+        (0, _) => 1 + (within - table_entry(0)) / 8,
         (HEADER, channel::GENERATION) => 8,
         (HEADER, channel::READ) => 9,
         (HEADER, channel::CONSUMER_RUNG) => 10,

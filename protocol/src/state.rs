@@ -81,7 +81,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     // SYNC: reset-then-cursors; pairs with the fences in `Producer::publish` and
     // `Consumer::release`. An end that does not see the reset has stored a cursor that the loads
     // below see.
-    region.fence();
+    region.fence_reset();
     if !are_free() {
         region.store(generation, before);
         return None;

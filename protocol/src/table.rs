@@ -23,27 +23,14 @@ pub fn clear_header<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, channel:
 /// reader that sees it sees each entry whole. An entry that was published before is stored as it
 /// is. The count in the region is not read, because other programs can write it.
 pub fn publish<M: Deref<Target = [AtomicU64]>>(region: &Region<M>, layout: &Layout, from: usize) {
-    let store = |offset, word| region.store(offset, word);
-    // SYNC: table; pairs with the Acquire load in `extend`, and with the driver's read.
-    let release = |offset, word| region.release(offset, word);
-    publish_by(layout, from, store, release);
-}
-
-/// Publishes entries as [`publish`] does, by functions that store a word at an offset, the second
-/// one with Release order.
-pub fn publish_by(
-    layout: &Layout,
-    from: usize,
-    store: impl Fn(u64, u64),
-    release: impl FnOnce(u64, u64),
-) {
     for (index, channel) in layout.channels().iter().enumerate().skip(from) {
         let words = encode_entry(channel);
         for (offset, word) in (table_entry(index)..).step_by(8).zip(words) {
-            store(offset, word);
+            region.store(offset, word);
         }
     }
-    release(TABLE_COUNT, layout.channels().len() as u64);
+    // SYNC: table; pairs with the Acquire load in `extend`, and with the driver's read.
+    region.release_count(TABLE_COUNT, layout.channels().len() as u64);
 }
 
 /// Takes the entries of the region's table that a layout does not have, as the driver does. Those

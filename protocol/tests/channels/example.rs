@@ -6,7 +6,6 @@
 //! writes it anew after a change of the layout.
 
 use std::cell::Cell;
-use std::convert::Infallible;
 use std::fmt::Write;
 use std::ops::Range;
 use std::rc::Rc;
@@ -15,41 +14,19 @@ use std::time::Duration;
 use barlink_protocol::cursor::{Capacity, Header, Kind, span};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
-    BrokerName, Channel, Identity, Instance, Layout, Name, PAGE_SIZE, channel, table_entry,
+    BrokerName, Channel, Identity, Instance, Layout, NO_PEER, Name, PAGE_SIZE, Policy, channel,
+    table_entry,
 };
-use barlink_protocol::{AtomicU64, Events, Receiver, Sender, Sent, Wakeup, state};
+use barlink_protocol::{AtomicU64, Receiver, Sender, Sent, Wakeup, state};
 
-use crate::heap::{Heap, Memory, region};
+use crate::heap::{Clock, Heap, Memory, region};
 
 pub const DOCUMENT: &str = include_str!("../../../docs/protocol.md");
 /// The heading of the section, and the heading behind it.
 const HEADING: &str = "\n### 4.8 An example in bytes\n\n";
 const NEXT: &str = "\n## 5. ";
 
-/// An end's clock, which the example sets, and doorbells without effect.
-struct Clock(Rc<Cell<Duration>>);
-
-impl Events for Clock {
-    type Error = Infallible;
-
-    fn ring(&mut self) -> Result<(), Infallible> {
-        Ok(())
-    }
-
-    fn sleep(&mut self, _: Option<Duration>) -> Result<bool, Infallible> {
-        Ok(false)
-    }
-
-    fn now(&self) -> Duration {
-        self.0.get()
-    }
-
-    fn can_spin(&self) -> bool {
-        false
-    }
-}
-
-/// Returns the layout of a region with two channels and no unused page.
+/// Returns the layout of a region with a channel of each policy and no unused page.
 fn layout() -> Layout {
     let (waits, drops) = (region(4096, false).1, region(4096, true).1);
     let up = Channel {
@@ -65,12 +42,23 @@ fn layout() -> Layout {
         offset: up.end(),
         ..drops.channels()[0]
     };
-    let raw = down.end();
+    let newest = Channel {
+        name: Name::new("newest").unwrap(),
+        consumer: NO_PEER,
+        vector: 0,
+        policy: Policy::Overwrite,
+        offset: down.end(),
+        ..down
+    };
+    let raw = newest.end();
     let identity = Identity {
         name: BrokerName::new("vm1").unwrap(),
         instance: Instance::parse("000102030405060708090a0b0c0d0e0f").unwrap(),
     };
-    Layout::new(8 * PAGE_SIZE, 1, 3, raw, PAGE_SIZE, &[up, down])
+    let size = 16 * PAGE_SIZE;
+    // The last page belongs to the driver.
+    let raw_size = size - PAGE_SIZE - raw;
+    Layout::new(size, 1, 3, raw, raw_size, &[up, down, newest])
         .unwrap()
         .with_identity(identity)
 }
@@ -198,6 +186,7 @@ impl Example {
             let at = table_entry(index);
             let peer = |peer| match peer {
                 0 => "slot 0",
+                NO_PEER => "none",
                 _ => "the host",
             };
             let word = |offset: u64| (self.word(at + offset) >> 32) as u32;
@@ -226,6 +215,7 @@ impl Example {
     /// one of them is the producer's cursor, both commit notes are among the rows.
     fn header(&self, entry: &Channel) -> Vec<Row> {
         let words = [
+            (channel::GENERATION, "generation"),
             (channel::WRITTEN, "`written`"),
             (channel::LIMIT, "`limit`"),
             (channel::NOTES[0], "first commit note: the cursor"),
@@ -332,13 +322,13 @@ fn receive(receiver: &mut Receiver<Memory, Clock>) {
 fn section() -> String {
     let mut example = Example::new();
     let layout = example.layout.clone();
-    let [up, down] = *layout.channels() else {
-        panic!("the example has two channels");
+    let [up, down, newest] = *layout.channels() else {
+        panic!("the example has three channels");
     };
     let time = Rc::new(Cell::new(Duration::ZERO));
     let clock = || Clock(time.clone());
     let sender = |number| Sender::attach(example.region.clone(), &layout, number, clock()).unwrap();
-    let (mut to_up, mut to_down) = (sender(0), sender(1));
+    let [mut to_up, mut to_down, mut to_newest] = [0, 1, 2].map(sender);
     let mut from_up = Receiver::attach(example.region.clone(), &layout, 0, clock()).unwrap();
 
     example.say(
@@ -349,9 +339,10 @@ fn section() -> String {
          page.",
     );
     example.say(&format!(
-        "**The superblock** of a region of {} KiB, with a slot, a channel in either direction, and \
-         a raw window of one page:",
-        layout.region_size >> 10
+        "**The superblock** of a region of {} KiB, with a slot, a channel of each policy, and a raw \
+         window of {} pages:",
+        layout.region_size >> 10,
+        layout.raw_size / PAGE_SIZE
     ));
     example.superblock();
 
@@ -429,6 +420,54 @@ fn section() -> String {
     assert_eq!(sent, Ok(Sent::Committed));
     let mut rows = example.header(&down);
     rows.extend(example.records(&down, cursor));
+    example.show(&rows);
+
+    let payload = [7; 1000];
+    for _ in 0..4 {
+        let sent = to_newest.send(Kind::USER, &payload, None);
+        assert_eq!(sent, Ok(Sent::Committed));
+    }
+    let cursor = example.word(newest.offset + channel::WRITTEN);
+    assert_eq!(cursor, newest.capacity);
+    let limit = example.word(newest.offset + channel::LIMIT);
+    example.say(&format!(
+        "**An overwritten record.** In `{}`, which has no consumer, four records of {} bytes fill \
+         the data area: `written` and `limit` are {limit}. A fifth record, of 16 bytes, takes the \
+         place of the first one. The producer moves `limit` before it writes, so that a tap that \
+         copies the first record finds it overwritten (4.2.5). The newest record before, which \
+         starts at cursor {}, stays whole (4.7.4). `read` stays 0:",
+        newest.name,
+        payload.len(),
+        cursor - span(payload.len() as u32),
+    ));
+    assert_eq!(limit, cursor);
+    example.skip();
+    time.set(Duration::from_millis(4));
+    let sent = to_newest.send(Kind::USER, b"the newest value", None);
+    assert_eq!(sent, Ok(Sent::Committed));
+    assert_eq!(example.word(newest.offset + channel::READ), 0);
+    let mut rows = example.header(&newest);
+    rows.extend(example.records(&newest, cursor));
+    example.show(&rows);
+
+    drop((to_up, from_up));
+    let [written, limit, read] = [channel::WRITTEN, channel::LIMIT, channel::READ]
+        .map(|offset| example.word(up.offset + offset));
+    assert_eq!(written, limit);
+    assert_eq!(
+        state::reset(&example.region, &up, 0, || true, drop),
+        Some(1)
+    );
+    let base = example.word(up.offset + channel::WRITTEN);
+    example.say(&format!(
+        "**A reset.** Both ends of `{}` have left, and the record of the wrap was not released: \
+         `read` is {read}, `written` and `limit` are {limit}. The broker resets the channel \
+         (4.4.5). It begins anew at cursor {base}, the first multiple of the capacity that is more \
+         than the capacity above these three (4.4.6). The data area stays as it is. In `{}` a \
+         reset would leave `read` at 0:",
+        up.name, newest.name
+    ));
+    let rows = example.header(&up);
     example.show(&rows);
     example.text.truncate(example.text.trim_end().len());
     example.text.push('\n');

@@ -3,7 +3,9 @@
 //! A region on the heap, and ends whose doorbells are condition variables. Tests use them in place
 //! of a BAR.
 
+use std::cell::Cell;
 use std::convert::Infallible;
+use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -59,6 +61,29 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
 /// Resets a channel whose ends are free, or are not.
 pub fn reset(region: &Heap, entry: &Channel, are_free: bool) -> Option<u64> {
     state::reset(region, entry, 0, || are_free, drop)
+}
+
+/// An end's clock, which the test sets, and doorbells without effect.
+pub struct Clock(pub Rc<Cell<Duration>>);
+
+impl Events for Clock {
+    type Error = Infallible;
+
+    fn ring(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn sleep(&mut self, _: Option<Duration>) -> Result<bool, Infallible> {
+        Ok(false)
+    }
+
+    fn now(&self) -> Duration {
+        self.0.get()
+    }
+
+    fn can_spin(&self) -> bool {
+        false
+    }
 }
 
 #[derive(Default)]

@@ -8,6 +8,7 @@ mod crash;
 mod device;
 mod example;
 mod heap;
+mod large;
 mod numbers;
 mod overwrite;
 mod recorded;

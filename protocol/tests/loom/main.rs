@@ -9,5 +9,6 @@
 
 mod model;
 mod presence;
+mod reset;
 mod ring;
 mod table;

@@ -8,11 +8,12 @@ use std::ops::Deref;
 use std::sync::Arc as StdArc;
 use std::time::Duration;
 
+use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
     BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, Policy, presence,
 };
-use barlink_protocol::{AtomicU64, Events, Ordering, PresenceWords};
+use barlink_protocol::{AtomicU64, Events, Ordering, PresenceWords, Producer};
 use loom::sync::atomic::fence;
 use loom::sync::{Arc, Condvar, Mutex};
 
@@ -46,7 +47,11 @@ pub fn region() -> Words {
 
 /// Creates a region for a channel of this capacity.
 pub fn region_for(capacity: u64) -> Words {
-    let words = 8 + 17 + capacity / 8;
+    region_of(8 + 17 + capacity as usize / 8)
+}
+
+/// Creates a region of this number of words.
+pub fn region_of(words: usize) -> Words {
     Region::new(Memory(StdArc::new(
         (0..words).map(|_| AtomicU64::new(0)).collect(),
     )))
@@ -318,4 +323,14 @@ impl Broker {
             .word(BROKER_PAGE + offset)
             .store(word, Ordering::Release);
     }
+}
+
+/// Bytes of a record of one word, with its header. Two of them fill the channel.
+pub const SPAN: u64 = 32;
+
+/// Commits a record of one word.
+pub fn commit(producer: &mut Producer<Memory>, number: u64) {
+    let mut room = producer.reserve(8).unwrap();
+    room.write(0, &number.to_le_bytes());
+    let _ = room.commit(Kind::DATA, 8, 0);
 }

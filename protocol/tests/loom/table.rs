@@ -3,41 +3,20 @@
 //! The channel table grows while a reader takes its entries. The reader never sees a part of an
 //! entry, and never loses one that it has.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use barlink_protocol::region::ModelFence;
+use barlink_protocol::table;
 use barlink_protocol::wire::layout::{
-    Channel, ENTRY_WORDS, FIRST_FREE, Layout, Name, PAGE_SIZE, Policy, TABLE_COUNT, table_entry,
+    Channel, ENTRY_WORDS, FIRST_FREE, Layout, Name, PAGE_SIZE, Policy,
 };
-use barlink_protocol::{AtomicU64, Ordering, table};
 use loom::thread;
 
-use crate::model::model_of;
+use crate::model::{Words, model_of, region_of};
 
-/// The words of the table that the model uses: the count, and then three entries.
-#[derive(Clone)]
-struct Table(Arc<[AtomicU64]>);
-
-impl Table {
-    fn word(&self, offset: u64) -> &AtomicU64 {
-        match offset {
-            TABLE_COUNT => &self.0[0],
-            entry => &self.0[1 + ((entry - table_entry(0)) / 8) as usize],
-        }
-    }
-
-    fn publish(&self, layout: &Layout, from: usize) {
-        let store = |offset, word| self.word(offset).store(word, Ordering::Relaxed);
-        let release = |offset, word| self.word(offset).store(word, Ordering::Release);
-        table::publish_by(layout, from, store, release);
-    }
-
-    /// Takes entries as the driver does.
-    fn extend(&self, layout: &mut Layout) {
-        let count = self.word(TABLE_COUNT).load(Ordering::Acquire);
-        let load = |word| self.word(8 * word as u64).load(Ordering::Relaxed);
-        layout.take_entries(count, load).unwrap();
-    }
+/// Returns the words of a table that the model uses: the count, and then three entries.
+fn table() -> Words {
+    region_of(1 + 3 * ENTRY_WORDS)
 }
 
 fn channel(number: u64) -> Channel {
@@ -59,32 +38,45 @@ fn layout() -> Layout {
     layout.unwrap().with_reserve(end, 4 * PAGE_SIZE).unwrap()
 }
 
+/// Adds two channels while a reader takes entries twice. Returns the number of channels that the
+/// reader has.
+fn take_beside_broker(region: &Words) -> usize {
+    table::publish(region, &layout(), 0);
+    let its_region = region.clone();
+    let broker = thread::spawn(move || {
+        let mut layout = layout();
+        for number in [1, 2] {
+            layout.append(channel(number)).unwrap();
+            table::publish(&its_region, &layout, number as usize);
+        }
+    });
+    let mut taken = layout();
+    for _ in 0..2 {
+        let before = taken.clone();
+        let found = table::extend(region, &mut taken);
+        assert_eq!(found, Ok(()), "an entry is not whole");
+        assert!(taken.extends(&before));
+        let expected: Vec<_> = (0..taken.channels().len() as u64).map(channel).collect();
+        assert_eq!(taken.channels(), expected, "an entry is not whole");
+    }
+    broker.join().unwrap();
+    taken.channels().len()
+}
+
 #[test]
 fn reader_takes_only_whole_entries() {
     static SEEN: [AtomicUsize; 4] = [const { AtomicUsize::new(0) }; 4];
     model_of(3, || {
-        let words = 0..1 + 3 * ENTRY_WORDS;
-        let table = Table(words.map(|_| AtomicU64::new(0)).collect());
-        table.publish(&layout(), 0);
-        let broker = table.clone();
-        let broker = thread::spawn(move || {
-            let mut layout = layout();
-            for number in [1, 2] {
-                layout.append(channel(number)).unwrap();
-                broker.publish(&layout, number as usize);
-            }
-        });
-        let mut taken = layout();
-        for _ in 0..2 {
-            let before = taken.clone();
-            table.extend(&mut taken);
-            assert!(taken.extends(&before));
-            let expected: Vec<_> = (0..taken.channels().len() as u64).map(channel).collect();
-            assert_eq!(taken.channels(), expected);
-        }
-        SEEN[taken.channels().len()].fetch_add(1, Relaxed);
-        broker.join().unwrap();
+        SEEN[take_beside_broker(&table())].fetch_add(1, Relaxed);
     });
     let seen = [1, 2, 3].map(|count| SEEN[count].load(Relaxed));
     assert!(!seen.contains(&0), "{seen:?}");
+}
+
+#[test]
+#[should_panic(expected = "an entry is not whole")]
+fn count_needs_its_order() {
+    model_of(3, || {
+        take_beside_broker(&table().without(ModelFence::Count));
+    });
 }
