@@ -6,10 +6,11 @@
     reason = "maps memory, shows it as the words of a region, and makes its pages present"
 )]
 
+use std::fmt::Debug;
 use std::ops::{Deref, Range};
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use barlink_protocol::{AtomicU64, region};
 use rustix::fs::SealFlags;
@@ -107,6 +108,8 @@ struct Pages {
     size: usize,
     /// First byte that can be written; `None` if none can.
     writable: Option<u64>,
+    /// Rust drops this after [`Pages::drop`] has unmapped the memory.
+    owner: OnceLock<Arc<dyn Debug + Send + Sync>>,
 }
 
 impl Pages {
@@ -115,12 +118,14 @@ impl Pages {
             start: NonNull::new(start.cast()).ok_or(Errno::NOMEM)?,
             size,
             writable: None,
+            owner: OnceLock::new(),
         })
     }
 }
 
 // SAFETY: the address is of memory that belongs to the process and not to a thread, is unmapped
-// once, by `Drop`, and is accessed through atomics or `RingRegion`'s copies only.
+// once, by `Drop`, and is accessed through atomics or `RingRegion`'s copies only. The owner can be
+// sent and shared by its own type.
 unsafe impl Send for Pages {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Pages {}
@@ -257,6 +262,8 @@ impl Mapping {
         if let Err(error) = unsafe { madvise(start, pages.size, Advice::LinuxDontDump) } {
             log::debug!("a core dump of this process would have the region: {error}");
         }
+        #[cfg(test)]
+        MAPPED.with_borrow_mut(|sizes| sizes.push(pages.size));
         Mapping(Arc::new(pages))
     }
 
@@ -281,6 +288,13 @@ impl Mapping {
         if let Err(error) = unsafe { madvise(address.cast(), length, advice) } {
             log::debug!("{length} bytes of the region are not made present: {error}");
         }
+    }
+
+    /// Keeps `owner` until the memory is unmapped, so that `owner` can tell others that this
+    /// process no longer writes. A mapping keeps the first owner alone.
+    pub(crate) fn keep(&self, owner: Arc<dyn Debug + Send + Sync>) {
+        let kept = self.0.owner.set(owner);
+        debug_assert!(kept.is_ok());
     }
 
     /// Returns the first byte that can be written; `None` if none can.
@@ -312,6 +326,12 @@ impl Drop for Pages {
         // only error, a wrong range, is excluded by that.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.size) };
     }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Sizes of the mappings that this thread has made.
+    pub(crate) static MAPPED: std::cell::RefCell<Vec<usize>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::message::{
-    Answer, Ask, InvalidRequest, MAX_COPY, MAX_PACKET, Refusal, Reply, Request, VERSION,
+    Answer, Ask, Entry, InvalidRequest, MAX_COPY, MAX_PACKET, Refusal, Reply, Request, VERSION,
 };
 
 type Names = BTreeSet<String>;
@@ -178,7 +178,8 @@ fn request_version_follows_layout_version() {
     assert_eq!((VERSION, layouts), (1, (2, 0)));
 }
 
-/// The fuzzer starts from these packets. One that is not understood shows it nothing.
+/// The fuzzer starts from these packets. One that is not understood shows it nothing, and a message
+/// that is not among them is one that the fuzzer has to guess.
 #[test]
 fn fuzz_targets_begin_with_understood_packets() {
     let read = |target: &str| {
@@ -191,11 +192,15 @@ fn fuzz_targets_begin_with_understood_packets() {
         texts
     };
     let (mut asks, mut answers) = (Names::new(), Names::new());
+    let (mut policies, mut refusals) = (Names::new(), Names::new());
     for reply in read("replies") {
         let text = String::from_utf8_lossy(&reply);
         let answer = Reply::parse(&reply).unwrap_or_else(|e| panic!("{text}: {e}"));
         if let Answer::Region(info) = &answer {
             Layout::try_from(info).unwrap();
+        }
+        if let Answer::Refused(refusal) = &answer {
+            refusals.insert(name(&serde_json::to_value(refusal).unwrap()));
         }
         answers.insert(name(&serde_json::to_value(&answer).unwrap()));
     }
@@ -203,9 +208,20 @@ fn fuzz_targets_begin_with_understood_packets() {
         if let Some((b'0'..=b'9', request)) = line.split_first()
             && let Ok(ask) = Request::parse(request)
         {
+            if let Ask::AddChannel(Entry(channel)) = &ask {
+                let consumer = if channel.has_consumer() {
+                    "with"
+                } else {
+                    "without"
+                };
+                policies.insert(format!("{} {consumer}", channel.policy.as_str()));
+            }
             asks.insert(name(&serde_json::to_value(&ask).unwrap()));
         }
     }
     assert_eq!(asks, known::<Ask>());
     assert_eq!(answers, known::<Answer>());
+    assert_eq!(refusals, known::<Refusal>());
+    let all = ["wait with", "drop with", "overwrite without"];
+    assert_eq!(policies, all.map(str::to_owned).into());
 }

@@ -5,7 +5,9 @@
 //!
 //! A program asks when it begins to watch, and an end asks once for each sleep that is longer than
 //! a second. A question or its ring can be lost, and a busy host is slow, so each is repeated, and
-//! only a broker that has not answered for ten seconds is silent.
+//! only a broker that has not answered for ten seconds is silent. Without a driver, a question
+//! needs the lock of the presence page: a question that was not asked says nothing about the
+//! broker.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use barlink_protocol::wire::layout::{BROKER_PAGE, Layout, PAGE_SIZE, presence};
 use rustix::io::Errno;
 
 use crate::event_error::EventError;
+use crate::guest::direct::LOCK_TIMEOUT;
 use crate::guest::interface::Interface;
 use crate::memory::RingRegion;
 
@@ -57,20 +60,24 @@ struct Course {
 
 impl Course {
     /// Returns the next step at the time `now`, if there is no answer.
-    fn step(&mut self, now: Duration) -> Step {
+    fn step(&self, now: Duration) -> Step {
         let Some(first) = self.first else {
-            self.first = Some(now);
             return Step::Ask;
         };
         let passed = now.saturating_sub(first);
         match REPEATED.get(self.repeated) {
-            Some(at) if passed >= *at => {
-                self.repeated += 1;
-                Step::Ask
-            }
+            Some(at) if passed >= *at => Step::Ask,
             _ if passed >= ANSWER_TIMEOUT => Step::Unanswered,
             Some(at) => Step::Wait(*at - passed),
             None => Step::Wait(ANSWER_TIMEOUT - passed),
+        }
+    }
+
+    /// Notes that a question was asked at the time `now`.
+    fn asked(&mut self, now: Duration) {
+        match self.first {
+            None => self.first = Some(now),
+            Some(_) => self.repeated += 1,
         }
     }
 }
@@ -152,11 +159,14 @@ impl Asker {
         checked.is_err_and(|error| matches!(error, EventError::Lost))
     }
 
-    /// Asks until there is an answer, or the broker is silent. Returns whether there is one.
+    /// Asks until there is an answer, or the broker is silent. Returns whether there is one. The
+    /// error is EBUSY if another program keeps the lock for [`LOCK_TIMEOUT`].
     pub(crate) fn wait_for_answer(&self) -> Result<bool, Errno> {
         let start = Instant::now();
         let (mut course, mut question) = (Course::default(), None);
         let mut pause = LOOK;
+        // Time since which another program has the lock.
+        let mut locked = None;
         loop {
             if let Some(question) = question
                 && self.is_answered(question)?
@@ -167,22 +177,27 @@ impl Asker {
             if self.has_lost_region() {
                 return Ok(false);
             }
-            match course.step(start.elapsed()) {
+            let now = start.elapsed();
+            let longest = match course.step(now) {
                 Step::Ask => match self.ask() {
-                    Ok(number) => question = Some(number),
-                    // Another program changes the page just now. The question is repeated.
-                    Err(Errno::BUSY) => (),
+                    Ok(number) => {
+                        course.asked(now);
+                        (question, locked) = (Some(number), None);
+                        continue;
+                    }
+                    Err(Errno::BUSY) if now - *locked.get_or_insert(now) < LOCK_TIMEOUT => {
+                        LONGEST_LOOK
+                    }
                     Err(error) => return Err(error),
                 },
-                Step::Wait(longest) => {
-                    self.interface.wait_until_gone(Some(pause.min(longest)))?;
-                    pause = (pause * 2).min(LONGEST_LOOK);
-                }
+                Step::Wait(longest) => longest,
                 Step::Unanswered => {
                     self.unanswered.set(true);
                     return Ok(false);
                 }
-            }
+            };
+            self.interface.wait_until_gone(Some(pause.min(longest)))?;
+            pause = (pause * 2).min(LONGEST_LOOK);
         }
     }
 
@@ -277,7 +292,12 @@ impl SleepQuestions {
             match step {
                 Some(Step::Wait(time)) => return Some(time),
                 Some(Step::Ask) => match self.asker.ask() {
-                    Ok(question) => self.question = Some(question),
+                    Ok(question) => {
+                        self.course.asked(slept);
+                        self.question = Some(question);
+                    }
+                    // Another program has the lock.
+                    Err(Errno::BUSY) => return Some(LONGEST_LOOK),
                     // The driver does not know the call, or the end learns elsewhere that its
                     // device is gone.
                     Err(_) => break,
@@ -315,6 +335,63 @@ impl SleepQuestions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::direct::sysfs::tests::Fake;
+
+    /// Returns an asker for the device of slot 1, which needs the lock of its page.
+    fn asker(fake: &Fake) -> Asker {
+        let opened = fake.open_for_writing();
+        let layout = opened.session.layout();
+        let region = opened.mapping.region();
+        Asker::new(Interface::Direct(opened.session), region, &layout, 1)
+    }
+
+    #[test]
+    fn locked_page_only_delays_question() {
+        let fake = Fake::new();
+        let asker = asker(&fake);
+        let lock = fake.lock();
+        std::thread::scope(|scope| {
+            let answered = scope.spawn(|| asker.wait_for_answer());
+            // Longer than the second after which a question is repeated.
+            std::thread::sleep(Duration::from_millis(1100));
+            assert_eq!(fake.answer(), 0, "nothing was asked");
+            drop(lock);
+            let start = Instant::now();
+            while fake.answer() == 0 {
+                assert!(start.elapsed() < Duration::from_secs(1));
+                std::thread::sleep(LOOK);
+            }
+            assert_eq!(answered.join().unwrap(), Ok(true));
+        });
+    }
+
+    #[test]
+    fn stalled_lock_is_no_silence() {
+        let fake = Fake::new();
+        let asker = asker(&fake);
+        let _lock = fake.lock();
+        assert_eq!(asker.wait_for_answer(), Err(Errno::BUSY));
+        assert!(!*asker.unanswered.is_set.lock().unwrap());
+    }
+
+    #[test]
+    fn sleeping_end_asks_once_lock_is_free() {
+        let fake = Fake::new();
+        let mut questions = SleepQuestions::new(asker(&fake));
+        let lock = fake.lock();
+        let begin = Instant::now();
+        questions.begin(begin, None);
+        // Longer than the time after which a question without an answer is silence.
+        for second in 1..15 {
+            let step = questions.step(begin + Duration::from_secs(second));
+            assert_eq!(step, Some(LONGEST_LOOK));
+        }
+        drop(lock);
+        let late = begin + Duration::from_secs(20);
+        assert_eq!(questions.step(late), Some(REPEATED[0]));
+        assert_eq!(fake.answer(), 1);
+        assert_eq!(questions.step(late), None);
+    }
 
     /// Follows a course second by second. Returns the seconds of its questions, and that of its
     /// end.
@@ -325,7 +402,10 @@ mod tests {
             let now = Duration::from_secs(second);
             loop {
                 match course.step(now) {
-                    Step::Ask => asked.push(second),
+                    Step::Ask => {
+                        asked.push(second);
+                        course.asked(now);
+                    }
                     Step::Wait(time) => {
                         assert!(time > Duration::ZERO);
                         break;
@@ -364,10 +444,12 @@ mod tests {
     fn delayed_program_still_asks_before_silence() {
         let mut course = Course::default();
         assert_eq!(course.step(Duration::ZERO), Step::Ask);
+        course.asked(Duration::ZERO);
         // The program was stopped for a minute. Its questions come first.
         let late = Duration::from_secs(60);
         for _ in REPEATED {
             assert_eq!(course.step(late), Step::Ask);
+            course.asked(late);
         }
         assert_eq!(course.step(late), Step::Unanswered);
     }

@@ -297,15 +297,16 @@ fn map_node(path: &Path, cache: Cache, access: Access) -> Result<Opened, DeviceE
 }
 
 impl From<direct::Opened> for Opened {
-    fn from((session, mapping, choice): direct::Opened) -> Self {
+    fn from(opened: direct::Opened) -> Self {
+        let session = opened.session;
         Opened {
-            mapping,
+            mapping: opened.mapping,
             granted: session.granted(),
             identity: session.identity(),
             slot: session.id(),
             layout: session.layout(),
-            interface: Interface::Direct(Arc::new(session)),
-            choice,
+            interface: Interface::Direct(session),
+            choice: opened.choice,
         }
     }
 }

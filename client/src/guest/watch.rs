@@ -4,8 +4,11 @@
 
 use std::path::PathBuf;
 
+use rustix::io::Errno;
+
 use crate::error::Error;
 use crate::guest::broker::Asker;
+use crate::guest::direct::stalled;
 use crate::guest::error::DeviceError;
 
 /// A watch over the broker of a device. [`Device::watch_broker`] returns it.
@@ -49,14 +52,19 @@ impl BrokerWatch {
     ///
     /// # Errors
     ///
-    /// The device is gone or has lost its region, or its driver is too old for the question.
+    /// The device is gone or has lost its region, its driver is too old for the question, or, for a
+    /// device without its driver, another process has locked the device for five seconds
+    /// ([`ErrorKind::InUse`](crate::ErrorKind::InUse)).
     pub fn is_answered(&self) -> Result<bool, Error> {
         let path = || self.path.clone();
         let answered = self.asker.wait_for_answer();
-        let answered = answered.map_err(|error| DeviceError::System {
-            what: "ask for the broker of",
-            path: path(),
-            source: error.into(),
+        let answered = answered.map_err(|error| match error {
+            Errno::BUSY => stalled(path()).into(),
+            error => DeviceError::System {
+                what: "ask for the broker of",
+                path: path(),
+                source: error.into(),
+            },
         })?;
         if !answered && self.asker.has_lost_region() {
             return Err(DeviceError::Lost { path: path() }.into());

@@ -181,6 +181,12 @@ pub enum Refusal {
         "the broker is busy: {0} host apps are attached, taps and idle ones included, and it serves no more at a time: end one of them, or serve another region for some (another `barlink serve` with --name)"
     )]
     Full(usize),
+    /// As many host apps of users who may only read are there as the broker serves. This answer
+    /// comes before any request.
+    #[error(
+        "the broker is busy: {0} host apps of users who may only read (--allow-reader) are attached, and it serves no more of them at a time: end one of them, or start the broker with --allow-user for this user"
+    )]
+    ManyReaders(usize),
     /// A VM is connecting, another broker takes over, or many reads of guest memory wait.
     #[error(
         "the broker is busy (a VM is connecting, another broker takes over, or many reads of guest memory wait): try again"
@@ -252,6 +258,7 @@ impl Refusal {
             | Refusal::InUse { .. }
             | Refusal::VmmLives { .. }
             | Refusal::Full(_)
+            | Refusal::ManyReaders(_)
             | Refusal::Busy => ErrorKind::InUse,
             Refusal::NotHere(_)
             | Refusal::NoConsumer(_)

@@ -4,12 +4,13 @@
 //! broker.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use barlink_protocol::wire::layout::Identity;
 
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::direct::address::{PciAddress, Way};
-use crate::guest::direct::folder;
+use crate::guest::direct::folder::{self, DEVICES};
 use crate::guest::direct::session::Session;
 use crate::guest::direct::sysfs;
 use crate::guest::direct::sysfs::error::SysfsError;
@@ -18,8 +19,26 @@ use crate::guest::direct::vfio::error::VfioError;
 use crate::guest::error::DeviceError;
 use crate::memory::{Access, Mapping};
 
-/// A session, the mapping of its region, and the result of [`Cache::Auto`].
-pub(crate) type Opened = (Session, Mapping, Option<Choice>);
+/// A session, the mapping of its region, and the result of [`Cache::Auto`]. The mapping keeps the
+/// session, so that the epoch ends after the mapping.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) session: Arc<Session>,
+    pub(crate) mapping: Mapping,
+    pub(crate) choice: Option<Choice>,
+}
+
+impl Opened {
+    fn new((session, mapping): (Session, Mapping), choice: Option<Choice>) -> Self {
+        let session = Arc::new(session);
+        mapping.keep(Arc::clone(&session) as _);
+        Opened {
+            session,
+            mapping,
+            choice,
+        }
+    }
+}
 
 /// Opens a device by its address.
 pub(crate) fn open(
@@ -29,24 +48,37 @@ pub(crate) fn open(
     access: Access,
 ) -> Result<Opened, DeviceError> {
     match way {
-        Way::Sysfs => open_sysfs(address, cache, access),
-        Way::Vfio => vfio::open(address, access, cache),
+        Way::Sysfs => open_sysfs(Path::new(DEVICES), address, cache, access),
+        Way::Vfio => {
+            // Before the kernel resets the device.
+            vfio::check_mode(address, cache)?;
+            open_vfio(vfio::examine(address)?, cache, access)
+        }
     }
 }
 
-fn open_sysfs(address: PciAddress, cache: Cache, access: Access) -> Result<Opened, DeviceError> {
-    let choice = (cache == Cache::Auto).then(|| sysfs::choose(address, access));
+pub(super) fn open_sysfs(
+    devices: &Path,
+    address: PciAddress,
+    cache: Cache,
+    access: Access,
+) -> Result<Opened, DeviceError> {
+    let choice = (cache == Cache::Auto).then(|| sysfs::choose(devices, address, access));
     let choice = choice.transpose()?;
     let chosen = choice.as_ref().map_or(cache, |choice| choice.cache);
-    let ((session, mapping), choice) = match sysfs::open(address, access, chosen) {
+    match sysfs::open(devices, address, access, chosen) {
         // Another process has mapped the region since.
-        Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => (
-            sysfs::open(address, access, Cache::Same)?,
-            Some(Choice::SAME),
-        ),
-        opened => (opened?, choice),
-    };
-    Ok((session, mapping, choice))
+        Err(DeviceError::OtherCache { .. }) if cache == Cache::Auto => {
+            let opened = sysfs::open(devices, address, access, Cache::Same)?;
+            Ok(Opened::new(opened, Some(Choice::SAME)))
+        }
+        opened => Ok(Opened::new(opened?, choice)),
+    }
+}
+
+fn open_vfio(device: vfio::Examined, cache: Cache, access: Access) -> Result<Opened, DeviceError> {
+    let (session, mapping, choice) = device.open(access, cache)?;
+    Ok(Opened::new((session, mapping), choice))
 }
 
 /// A device that a program can use without its driver: its address, and its broker's name, or the
@@ -82,12 +114,11 @@ fn is_other(error: &DeviceError) -> bool {
 }
 
 /// Lists the barlink devices without a driver. Each one with `vfio-pci` can be one.
-fn without_driver() -> Vec<Found> {
-    let candidates = folder::candidates(Path::new(folder::DEVICES)).into_iter();
+fn without_driver(devices: &Path) -> Vec<Found> {
+    let candidates = folder::candidates(devices).into_iter();
     let found = candidates.filter_map(|(address, way)| match way {
         Way::Sysfs => {
-            let opened = sysfs::open(address, Access::ReadOnly, Cache::Same);
-            let asked = opened.map(|(session, _)| session.identity());
+            let asked = sysfs::identity(devices, address);
             (!asked.as_ref().is_err_and(is_other)).then_some(Found::Sysfs(address, asked))
         }
         Way::Vfio => Some(Found::Vfio(address)),
@@ -102,7 +133,16 @@ pub(crate) fn choose(
     cache: Cache,
     access: Access,
 ) -> Result<Option<Opened>, DeviceError> {
-    let mut devices = without_driver();
+    choose_in(Path::new(DEVICES), path, cache, access)
+}
+
+fn choose_in(
+    folder: &Path,
+    path: &Path,
+    cache: Cache,
+    access: Access,
+) -> Result<Option<Opened>, DeviceError> {
+    let mut devices = without_driver(folder);
     // A device with `vfio-pci` can be that of another program.
     if let [_, _, ..] = devices[..]
         && devices
@@ -118,7 +158,7 @@ pub(crate) fn choose(
         None => Ok(None),
         Some(Found::Sysfs(address, asked)) => {
             asked?;
-            open(Way::Sysfs, address, cache, access).map(Some)
+            open_sysfs(folder, address, cache, access).map(Some)
         }
         Some(Found::Vfio(address)) => match open(Way::Vfio, address, cache, access) {
             Err(error) if is_other(&error) => Ok(None),
@@ -136,8 +176,17 @@ pub(crate) fn named(
     cache: Cache,
     access: Access,
 ) -> Result<Option<Opened>, DeviceError> {
+    named_in(Path::new(DEVICES), name, cache, access)
+}
+
+fn named_in(
+    folder: &Path,
+    name: &str,
+    cache: Cache,
+    access: Access,
+) -> Result<Option<Opened>, DeviceError> {
     let (mut found, mut silent, mut fault) = (Vec::new(), Vec::new(), None);
-    for device in without_driver() {
+    for device in without_driver(folder) {
         match device {
             Found::Sysfs(_, Ok(identity)) if identity.name.as_str() == name => found.push(device),
             Found::Sysfs(_, Ok(_)) => (),
@@ -145,12 +194,14 @@ pub(crate) fn named(
             Found::Vfio(address) => silent.push(address),
         }
     }
+    // The device that has the name stays open, because the kernel would reset it once more.
+    let mut examined = None;
     if found.is_empty() {
         for address in silent {
-            // A session that only reads begins no epoch.
-            match vfio::open(address, Access::ReadOnly, Cache::Same) {
-                Ok((session, ..)) if session.identity().name.as_str() == name => {
+            match vfio::examine(address) {
+                Ok(device) if device.identity().name.as_str() == name => {
                     found.push(Found::Vfio(address));
+                    examined = Some(device);
                 }
                 Ok(_)
                 | Err(DeviceError::Vfio(VfioError::Busy { .. } | VfioError::Permission { .. })) => {
@@ -160,10 +211,10 @@ pub(crate) fn named(
             }
         }
     }
-    match (&found[..], fault) {
-        ([], fault) => fault.map_or(Ok(None), Err),
-        ([Found::Sysfs(address, _)], _) => open(Way::Sysfs, *address, cache, access).map(Some),
-        ([Found::Vfio(address)], _) => open(Way::Vfio, *address, cache, access).map(Some),
+    match (&found[..], examined, fault) {
+        ([], _, fault) => fault.map_or(Ok(None), Err),
+        ([_], Some(device), _) => open_vfio(device, cache, access).map(Some),
+        ([Found::Sysfs(address, _)], ..) => open_sysfs(folder, *address, cache, access).map(Some),
         _ => Err(several(Path::new(name), &found).into()),
     }
 }
@@ -172,5 +223,34 @@ fn several(path: &Path, devices: &[Found]) -> SysfsError {
     SysfsError::Several {
         path: path.to_owned(),
         devices: devices.iter().map(Found::name).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::direct::sysfs::tests::Fake;
+    use crate::memory::MAPPED;
+
+    /// Each mapping of a large region takes time, and 8 bytes of page tables for each 4 KiB.
+    #[test]
+    fn region_is_mapped_once() {
+        let fake = Fake::new();
+        fake.permit_write_combining();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            for cache in [Cache::Same, Cache::Auto] {
+                let folder = fake.folder();
+                let chosen = || choose_in(folder, Path::new("/dev/barlink0"), cache, access);
+                let named = || named_in(folder, "test", cache, access);
+                for open in [&chosen as &dyn Fn() -> _, &named] {
+                    MAPPED.take();
+                    let opened = open().unwrap().unwrap();
+                    let size = opened.mapping.region().size() as usize;
+                    let sizes = MAPPED.take();
+                    let whole = sizes.iter().filter(|mapped| **mapped * 2 > size);
+                    assert_eq!(whole.count(), 1, "{access:?} {cache:?}: {sizes:?}");
+                }
+            }
+        }
     }
 }

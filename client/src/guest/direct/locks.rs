@@ -21,7 +21,7 @@ use crate::guest::error::DeviceError;
 /// Offset in the presence page of the word whose lock excludes other writers of the page.
 const LOCK: u64 = 32;
 /// Time after which the lock is regarded as stalled, and the time between two tries.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// The locks of words of a presence page, in the file of the region.
@@ -110,14 +110,20 @@ impl Locks {
 
     /// Returns the error of a lock that another process does not release.
     pub(super) fn stalled(&self) -> SysfsError {
-        SysfsError::Stalled {
-            path: self.name.clone(),
-            seconds: LOCK_TIMEOUT.as_secs(),
-        }
+        stalled(self.name.clone())
+    }
+}
+
+/// Returns the error of a device whose lock another process does not release.
+pub(crate) fn stalled(path: PathBuf) -> SysfsError {
+    SysfsError::Stalled {
+        path,
+        seconds: LOCK_TIMEOUT.as_secs(),
     }
 }
 
 /// The lock under which a session changes the presence page or maps the region.
+#[derive(Debug)]
 pub(super) struct Lock {
     region: Arc<File>,
     word: u64,

@@ -13,9 +13,9 @@ use barlink_protocol::wire::layout::{Channel, End, Identity, Layout, MAX_CHANNEL
 use barlink_protocol::wire::uapi::{self, Info};
 use barlink_protocol::{SlotPage, table};
 use rustix::io::Errno;
-use rustix::rand::GetRandomFlags;
 
 use crate::guest::direct::address::PciAddress;
+use crate::guest::direct::claim::{Claim, ClaimFault, number};
 use crate::guest::direct::folder::Bar;
 use crate::guest::direct::locks::{Lock, Locks};
 use crate::guest::error::DeviceError;
@@ -67,7 +67,8 @@ pub(super) struct Parts {
     pub(super) access: Access,
     /// Guest-physical addresses of the region.
     pub(super) place: Bar,
-    pub(super) mapping: Mapping,
+    /// Mapping of the superblock alone, for reading.
+    pub(super) superblock: Mapping,
     /// Mapping of the presence page alone.
     pub(super) page: SlotPage<Mapping>,
     pub(super) id: u32,
@@ -77,6 +78,12 @@ pub(super) struct Parts {
 }
 
 /// A device that a process has open. Its claims end with it.
+///
+/// The mapping of the region keeps the session ([`Mapping::keep`]), and the session has mapped only
+/// the two pages that it uses itself. So the epoch ends after the process has lost its access to
+/// the channels. A forked process is an exception: it inherits the mapping, and the epoch of its
+/// parent can end before the mapping of the child does. The kernel tells the parent nothing about
+/// mappings of other processes.
 #[derive(Debug)]
 pub(crate) struct Session {
     handle: Box<dyn Handle>,
@@ -84,7 +91,6 @@ pub(crate) struct Session {
     address: PciAddress,
     access: Access,
     place: Bar,
-    /// The superblock, mapped for reading.
     superblock: RingRegion,
     page: SlotPage<Mapping>,
     id: u32,
@@ -95,6 +101,8 @@ pub(crate) struct Session {
     epoch: OnceLock<u64>,
     state: Mutex<State>,
     process: Process,
+    /// The session of a forked process that has inherited this one.
+    forked: Mutex<Option<Arc<Session>>>,
 }
 
 /// The part of a session that changes.
@@ -108,23 +116,6 @@ pub(super) struct State {
     pub(super) swept: Option<Instant>,
 }
 
-/// The reason why a claim fails.
-#[derive(Debug)]
-pub(crate) enum ClaimFault {
-    /// Another holder has the end.
-    Held,
-    /// The end belongs to another peer.
-    NotHere,
-    /// The device cannot be used.
-    Device(DeviceError),
-}
-
-impl<E: Into<DeviceError>> From<E> for ClaimFault {
-    fn from(error: E) -> Self {
-        ClaimFault::Device(error.into())
-    }
-}
-
 impl Session {
     /// Makes a session that has not begun an epoch.
     pub(super) fn new(parts: Parts) -> Self {
@@ -135,7 +126,7 @@ impl Session {
             address: parts.address,
             access: parts.access,
             place: parts.place,
-            superblock: parts.mapping.region().over_write_combining(),
+            superblock: parts.superblock.region().over_write_combining(),
             page: parts.page,
             id: parts.id,
             host: layout.host(),
@@ -148,6 +139,7 @@ impl Session {
                 swept: None,
             }),
             process: Process::current(),
+            forked: Mutex::new(None),
         }
     }
 
@@ -183,6 +175,10 @@ impl Session {
 
     pub(crate) fn id(&self) -> u32 {
         self.id
+    }
+
+    pub(super) fn access(&self) -> Access {
+        self.access
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -250,19 +246,28 @@ impl Session {
 
     /// Claims an end of a channel for as long as the value lives.
     pub(crate) fn claim(self: &Arc<Self>, channel: usize, end: End) -> Result<Claim, ClaimFault> {
-        let session = match self.process.check() {
-            Ok(()) => Arc::clone(self),
-            // A forked process shares the open file, and with it the locks.
-            Err(_) => Arc::new(self.again(self.access)?),
-        };
+        let session = self.of_this_process()?;
         session.check("claim an end of a channel of")?;
         session.handle.check()?;
         session.take(channel, end)?;
-        Ok(Claim {
-            session,
-            channel,
-            end,
-        })
+        Ok(Claim::new(session, channel, end))
+    }
+
+    /// Returns the session by which this process claims. A forked process shares the open file, and
+    /// with it the locks, so it opens the device once more. That session lasts as long as the
+    /// inherited one, which the inherited mapping keeps.
+    fn of_this_process(self: &Arc<Self>) -> Result<Arc<Self>, DeviceError> {
+        if self.process.check().is_ok() {
+            return Ok(Arc::clone(self));
+        }
+        let mut forked = self.forked.lock().unwrap_or_else(PoisonError::into_inner);
+        let session = match &*forked {
+            Some(session) => Arc::clone(session),
+            None => Arc::clone(forked.insert(Arc::new(self.again(self.access)?))),
+        };
+        drop(forked);
+        // The process can be a child of the one that made that session.
+        session.of_this_process()
     }
 
     /// Returns an error if the program may no longer use the device in this way.
@@ -316,7 +321,12 @@ impl Session {
         Ok(())
     }
 
-    fn release(&self, channel: usize, end: End) {
+    /// Releases an end that this session holds. A forked process leaves the claim to the process
+    /// that made it.
+    pub(super) fn release(&self, channel: usize, end: End) {
+        if self.process.check().is_err() {
+            return;
+        }
         let mut state = self.state();
         // Without the lock, the next sweep of any session clears the word.
         let lock = self.locks.as_ref().map(Locks::lock).transpose();
@@ -392,7 +402,7 @@ impl Session {
     }
 
     /// Returns whether another session can write.
-    pub(super) fn has_others(&self) -> Result<bool, DeviceError> {
+    fn has_others(&self) -> Result<bool, DeviceError> {
         let others = self.locks.as_ref().map(Locks::has_others).transpose();
         let others = others.map_err(|error| self.failed("lock", error))?;
         Ok(others.unwrap_or(false))
@@ -504,39 +514,5 @@ impl Drop for Session {
             self.page.end(epoch);
             self.handle.ring(self.host, 0);
         }
-    }
-}
-
-/// A claim of an end, which ends with this value.
-#[derive(Debug)]
-pub(crate) struct Claim {
-    session: Arc<Session>,
-    channel: usize,
-    end: End,
-}
-
-impl Claim {
-    /// Returns the session that has the claim.
-    pub(crate) fn session(&self) -> &Session {
-        &self.session
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        // A forked process leaves the claim to the process that made it.
-        if self.session.process.check().is_ok() {
-            self.session.release(self.channel, self.end);
-        }
-    }
-}
-
-/// Returns the number of a claim, which is not 0, and another one each time.
-fn number() -> u32 {
-    let mut bytes = [0; 4];
-    match rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty()) {
-        Ok(4) => u32::from_le_bytes(bytes).max(1),
-        // The kernel always has so few bytes.
-        _ => std::process::id().max(1),
     }
 }

@@ -28,7 +28,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use barlink_protocol::SlotPage;
-use barlink_protocol::wire::layout::{FIRST_FREE, PAGE_SIZE, PAGE_WORDS};
+use barlink_protocol::wire::layout::{FIRST_FREE, Identity, Layout, PAGE_SIZE, PAGE_WORDS};
 use barlink_protocol::wire::uapi::{self, CacheMode, Info};
 use rustix::io::Errno;
 
@@ -37,8 +37,8 @@ use self::granted::UNKNOWN;
 use self::registers::Registers;
 use crate::guest::cache::{Cache, Choice};
 use crate::guest::direct::address::{PciAddress, Way};
-use crate::guest::direct::folder::{self, Bar, Folder};
-use crate::guest::direct::locks::Locks;
+use crate::guest::direct::folder::{Bar, Folder};
+use crate::guest::direct::locks::{Lock, Locks};
 use crate::guest::direct::session::{Handle, Parts, Session};
 use crate::guest::direct::superblock;
 use crate::guest::error::DeviceError;
@@ -140,8 +140,9 @@ impl Handle for Files {
     }
 
     fn reopen(&self, access: Access) -> Result<Session, DeviceError> {
-        let (session, _) = open_in(&self.devices, self.address, access, Cache::Same)?;
-        Ok(session)
+        let prepared = examine(&self.devices, self.address, access)?.prepare(Cache::Same)?;
+        prepared.begin()?;
+        Ok(prepared.session)
     }
 }
 
@@ -165,27 +166,21 @@ fn failed(what: &'static str, address: PciAddress) -> impl Fn(Errno) -> DeviceEr
     }
 }
 
-/// Opens a device, and maps its region, in another mode than [`Cache::Auto`].
-pub(super) fn open(
-    address: PciAddress,
+/// A device whose superblock was read. Others change neither the presence page nor the cache mode
+/// as long as this has the lock.
+struct Examined {
+    files: Files,
+    locks: Locks,
+    lock: Lock,
     access: Access,
-    cache: Cache,
-) -> Result<(Session, Mapping), DeviceError> {
-    open_in(Path::new(folder::DEVICES), address, access, cache)
+    id: u32,
+    layout: Layout,
 }
 
-fn open_in(
-    devices: &Path,
-    address: PciAddress,
-    access: Access,
-    cache: Cache,
-) -> Result<(Session, Mapping), DeviceError> {
+fn examine(devices: &Path, address: PciAddress, access: Access) -> Result<Examined, DeviceError> {
     let files = Files::open(devices, address, access)?;
-    let map_failed = failed("map", address);
     let (id, size) = (files.registers.id(), files.place.size);
-    let page_offset = superblock::presence_page(address, size, id)?;
-    let locks = files.locks(page_offset);
-    // Until this program has its mapping, others change neither the page nor the cache mode.
+    let locks = files.locks(superblock::presence_page(address, size, id)?);
     let lock = match access {
         Access::ReadOnly => locks.share()?,
         Access::ReadWrite => locks.lock()?,
@@ -194,70 +189,131 @@ fn open_in(
     // one would get its cache mode.
     let words: Box<[u64; PAGE_WORDS]> = {
         let page = Mapping::map(&files.region, PAGE_SIZE as usize, Access::ReadOnly);
-        let page = page.map_err(&map_failed)?.region();
+        let page = page.map_err(failed("map", address))?.region();
         Box::new(page.over_write_combining().page(0))
     };
     let layout = superblock::decode(&words, size, name(address), address, id)?;
-    let page = Mapping::map_at(&files.region, page_offset, PAGE_SIZE as usize, access);
-    let page = SlotPage::new(page.map_err(&map_failed)?.region().over_write_combining());
-    let others = locks.has_others().map_err(failed("lock", address))? && page.epoch() % 2 == 1;
-    let theirs = u32::try_from(page.asked()).ok().filter(|_| others);
-    let mode = mode(
-        address,
+    Ok(Examined {
+        files,
+        locks,
+        lock,
         access,
-        cache,
-        theirs.and_then(CacheMode::from_number),
-    )?;
-    let file = files.mapped_in(mode, access)?;
-    let mappable = usize::try_from(layout.mappable_size()).unwrap_or(usize::MAX);
-    let mapping = match access {
-        Access::ReadOnly => Mapping::map(&file, mappable, access),
-        Access::ReadWrite => Mapping::map_apart(&file, 0, mappable, FIRST_FREE as usize),
-    };
-    // A driver that has just come can be the reason why there is no mapping.
-    files.folder.check_driver()?;
-    let mapping = mapping.map_err(&map_failed)?;
-    if let Some(word) = mapping.first() {
-        black_box(word.load(Ordering::Relaxed));
-    }
-    let granted = granted::granted(files.place.start).map_or(UNKNOWN, |mode| mode as u32);
-    let session = Session::new(Parts {
-        locks: Some(locks),
-        address,
-        access,
-        place: files.place,
-        mapping: mapping.clone(),
-        page,
         id,
         layout,
-        cache: [mode as u32, granted],
-        handle: Box::new(files),
-    });
-    if access == Access::ReadWrite {
-        // The driver has no lock, so this look is the last one before the page changes.
-        session.check_driver()?;
-        session.begin(others)?;
+    })
+}
+
+/// A session that has not begun an epoch, under the lock.
+struct Prepared {
+    session: Session,
+    /// The file whose mappings have the session's cache mode.
+    file: File,
+    /// Whether there are other sessions that can write.
+    others: bool,
+    _lock: Lock,
+}
+
+impl Examined {
+    /// Makes a session in another mode than [`Cache::Auto`]. It maps two pages.
+    fn prepare(self, cache: Cache) -> Result<Prepared, DeviceError> {
+        let (files, access) = (self.files, self.access);
+        let address = files.address;
+        let size = PAGE_SIZE as usize;
+        let page_offset = superblock::presence_page(address, files.place.size, self.id)?;
+        let page = Mapping::map_at(&files.region, page_offset, size, access);
+        let page = page.map_err(failed("map", address))?.region();
+        let page = SlotPage::new(page.over_write_combining());
+        let others = self.locks.has_others().map_err(failed("lock", address))?;
+        let others = others && page.epoch() % 2 == 1;
+        let theirs = u32::try_from(page.asked()).ok().filter(|_| others);
+        let theirs = theirs.and_then(CacheMode::from_number);
+        let mode = mode(address, access, cache, theirs)?;
+        let file = files.mapped_in(mode, access)?;
+        let superblock = Mapping::map(&file, size, Access::ReadOnly);
+        let superblock = superblock.map_err(failed("map", address))?;
+        let granted = granted::granted(files.place.start).map_or(UNKNOWN, |mode| mode as u32);
+        let session = Session::new(Parts {
+            locks: Some(self.locks),
+            address,
+            access,
+            place: files.place,
+            superblock,
+            page,
+            id: self.id,
+            layout: self.layout,
+            cache: [mode as u32, granted],
+            handle: Box::new(files),
+        });
+        Ok(Prepared {
+            session,
+            file,
+            others,
+            _lock: self.lock,
+        })
     }
-    drop(lock);
-    Ok((session, mapping))
+}
+
+impl Prepared {
+    /// Begins if the session can write.
+    fn begin(&self) -> Result<(), DeviceError> {
+        if self.session.access() == Access::ReadWrite {
+            // The driver has no lock, so this look is the last one before the page changes.
+            self.session.check_driver()?;
+            self.session.begin(self.others)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the identity of a device's region, and maps no more than its superblock for that.
+pub(super) fn identity(devices: &Path, address: PciAddress) -> Result<Identity, DeviceError> {
+    let device = examine(devices, address, Access::ReadOnly)?;
+    Ok(device.layout.identity)
+}
+
+/// Opens a device, and maps its region, in another mode than [`Cache::Auto`].
+pub(super) fn open(
+    devices: &Path,
+    address: PciAddress,
+    access: Access,
+    cache: Cache,
+) -> Result<(Session, Mapping), DeviceError> {
+    let device = examine(devices, address, access)?;
+    let size = usize::try_from(device.layout.mappable_size()).unwrap_or(usize::MAX);
+    let prepared = device.prepare(cache)?;
+    let mapping = match access {
+        Access::ReadOnly => Mapping::map(&prepared.file, size, access),
+        Access::ReadWrite => Mapping::map_apart(&prepared.file, 0, size, FIRST_FREE as usize),
+    };
+    // A driver that has just come can be the reason why there is no mapping.
+    prepared.session.check_driver()?;
+    let mapping = mapping.map_err(failed("map", address))?;
+    prepared.begin()?;
+    Ok((prepared.session, mapping))
 }
 
 /// Chooses a cache mode by a measurement.
-pub(super) fn choose(address: PciAddress, access: Access) -> Result<Choice, DeviceError> {
-    let devices = Path::new(folder::DEVICES);
-    // A session that only reads changes nothing.
-    let (session, mapping) = open_in(devices, address, Access::ReadOnly, Cache::Same)?;
-    let others = session.has_others()?;
-    let (size, id) = (mapping.region().size(), session.id());
-    drop((session, mapping));
+pub(super) fn choose(
+    devices: &Path,
+    address: PciAddress,
+    access: Access,
+) -> Result<Choice, DeviceError> {
+    // A program that only reads changes nothing.
+    let device = examine(devices, address, Access::ReadOnly)?;
+    let Examined {
+        files,
+        locks,
+        lock,
+        layout,
+        ..
+    } = device;
+    let others = locks.has_others().map_err(failed("lock", address))?;
+    drop(lock);
     let info = |granted| Info {
-        mappable_size: size,
+        mappable_size: layout.mappable_size(),
         granted,
         ..Info::default()
     };
-    let files = Files::open(devices, address, Access::ReadOnly)?;
-    let start = files.place.start;
-    let locks = files.locks(superblock::presence_page(address, files.place.size, id)?);
     Choice::find(
         |_| others && access == Access::ReadWrite,
         || {
@@ -275,7 +331,8 @@ pub(super) fn choose(address: PciAddress, access: Access) -> Result<Choice, Devi
             if let Some(word) = mapping.first() {
                 black_box(word.load(Ordering::Relaxed));
             }
-            asked.set(granted::granted(start).unwrap_or(mode) as u32);
+            let granted = granted::granted(files.place.start);
+            asked.set(granted.unwrap_or(mode) as u32);
             Ok(mapping)
         },
         |(granted, _)| Ok(info(granted.get())),

@@ -2,14 +2,20 @@
 
 //! Sessions over a folder of ordinary files. `ci/tests/transports/sysfs.rs` has those of real
 //! guests.
+#![expect(unsafe_code, reason = "a test forks, as programs do")]
 
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, symlink};
 
-use barlink_protocol::wire::layout::{Channel, End, Layout, Name, Policy, presence};
+use barlink_protocol::wire::layout::{
+    BROKER_PAGE, BrokerName, Channel, End, Layout, Name, Policy, presence,
+};
 use tempfile::TempDir;
 
 use super::*;
-use crate::guest::direct::session::{Claim, ClaimFault};
+use crate::guest::direct::claim::{Claim, ClaimFault};
+use crate::guest::direct::find::{Opened, open_sysfs};
+use crate::guest::direct::folder;
 use crate::memory::RingRegion;
 use crate::removal::Removable;
 
@@ -94,9 +100,38 @@ impl Fake {
 
     fn open(&self, access: Access, cache: Cache) -> Result<Arc<Session>, String> {
         let address = ADDRESS.parse().unwrap();
-        let opened = open_in(self.0.path(), address, access, cache);
+        let opened = open(self.0.path(), address, access, cache);
         let opened = opened.map(|(session, _)| Arc::new(session));
         opened.map_err(|error| error.to_string())
+    }
+
+    /// Opens the device as a program does.
+    pub(crate) fn open_for_writing(&self) -> Opened {
+        let address = ADDRESS.parse().unwrap();
+        open_sysfs(self.folder(), address, Cache::Same, Access::ReadWrite).unwrap()
+    }
+
+    /// Returns the folder of all devices.
+    pub(crate) fn folder(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Makes the file for mappings that are write-combining.
+    pub(crate) fn permit_write_combining(&self) {
+        std::fs::hard_link(self.path("resource2"), self.path("resource2_wc")).unwrap();
+    }
+
+    /// Takes the lock under which programs change the page, as another program.
+    pub(crate) fn lock(&self) -> impl Drop + use<> {
+        let locks = Locks::new(Arc::new(self.region()), PAGE, PathBuf::new());
+        locks.lock().unwrap()
+    }
+
+    /// Answers all questions, as a broker. Returns their number.
+    pub(crate) fn answer(&self) -> u64 {
+        let asked = self.load(PAGE + presence::ASKED);
+        self.store(BROKER_PAGE + presence::ANSWERS + 8, asked);
+        asked
     }
 
     fn writer(&self) -> Arc<Session> {
@@ -142,6 +177,7 @@ impl Fake {
 fn layout(names: &[&str]) -> Layout {
     let layout = Layout::new(SIZE, 2, 3, SIZE / 2, 0, &[]).unwrap();
     let mut layout = layout.with_reserve(FIRST_FREE, SIZE / 4).unwrap();
+    layout.identity.name = BrokerName::new("test").unwrap();
     for name in names {
         let channel = Channel {
             name: Name::new(name).unwrap(),
@@ -183,6 +219,57 @@ fn epoch_lasts_from_first_to_last_session() {
     );
     drop(fake.writer());
     assert_eq!(epoch(), 12);
+}
+
+/// Others take an end whose driver's epoch is even (`docs/protocol.md`, section 3), so the mapping
+/// comes first.
+#[test]
+fn epoch_ends_after_mapping() {
+    let fake = Fake::new();
+    let opened = fake.open_for_writing();
+    let region = opened.mapping.region();
+    let claim = opened.session.claim(0, End::Producer).unwrap();
+    drop((opened, claim));
+    assert_eq!(fake.load(PAGE) % 2, 1, "the region can be written");
+    region.store(FIRST_FREE, 1);
+    assert_eq!(fake.rung(), HOST, "the end is free");
+    drop(region);
+    assert_eq!((fake.load(PAGE) % 2, fake.rung()), (0, HOST));
+}
+
+#[test]
+fn forked_process_ends_epoch_after_mapping() {
+    let fake = Fake::new();
+    let opened = fake.open_for_writing();
+    let pipes = [(); 2].map(|()| std::io::pipe().unwrap());
+    let [(mut told, mut tell), (mut heard, mut answer)] = pipes;
+    // SAFETY: the forked process only uses the device and the pipes, and no other thread of this
+    // process has a lock that these need.
+    if unsafe { libc::fork() } == 0 {
+        let claim = opened.session.claim(0, End::Producer).unwrap();
+        let mut step = || {
+            answer.write_all(b"x").unwrap();
+            told.read_exact(&mut [0]).unwrap();
+        };
+        step();
+        drop(claim);
+        step();
+        drop(opened);
+        step();
+        std::process::exit(0);
+    }
+    let mut hear = || heard.read_exact(&mut [0]).unwrap();
+    hear();
+    assert_ne!(fake.holder(0, End::Producer), 0);
+    drop(opened);
+    tell.write_all(b"x").unwrap();
+    hear();
+    let after = (fake.holder(0, End::Producer), fake.load(PAGE) % 2);
+    assert_eq!(after, (0, 1), "the child has the mapping");
+    tell.write_all(b"x").unwrap();
+    hear();
+    assert_eq!(fake.load(PAGE) % 2, 0);
+    tell.write_all(b"x").unwrap();
 }
 
 #[test]
@@ -370,7 +457,7 @@ fn refuses_devices_that_are_not_barlinks() {
 #[test]
 fn sessions_share_one_cache_mode() {
     let fake = Fake::new();
-    std::fs::hard_link(fake.path("resource2"), fake.path("resource2_wc")).unwrap();
+    fake.permit_write_combining();
     let refused = |access, cache| fake.open(access, cache).unwrap_err();
     let error = refused(Access::ReadWrite, Cache::WriteBack);
     assert!(

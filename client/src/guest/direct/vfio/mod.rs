@@ -20,7 +20,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
 use barlink_protocol::SlotPage;
-use barlink_protocol::wire::layout::{FIRST_FREE, PAGE_SIZE, PAGE_WORDS};
+use barlink_protocol::wire::layout::{FIRST_FREE, Identity, Layout, PAGE_SIZE, PAGE_WORDS};
 use barlink_protocol::wire::uapi::{self, CacheMode};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -35,7 +35,7 @@ pub(super) use self::group::DRIVER;
 use self::request::Request;
 use crate::guest::cache::{self, Cache, Choice};
 use crate::guest::direct::address::{PciAddress, Way};
-use crate::guest::direct::folder::{self, Folder};
+use crate::guest::direct::folder::{self, Bar, Folder};
 use crate::guest::direct::session::{Handle, Parts, Session};
 use crate::guest::direct::superblock;
 use crate::guest::error::DeviceError;
@@ -151,7 +151,7 @@ impl Handle for Device {
 
     fn reopen(&self, access: Access) -> Result<Session, DeviceError> {
         // The kernel refuses this as long as a process has the device.
-        let (session, ..) = open(self.address, access, Cache::Same)?;
+        let (session, ..) = examine(self.address)?.open(access, Cache::Same)?;
         Ok(session)
     }
 }
@@ -160,31 +160,24 @@ fn name(address: PciAddress) -> PathBuf {
     Way::Vfio.name(address).into()
 }
 
-/// Opens a device, and maps its region.
-pub(super) fn open(
-    address: PciAddress,
-    access: Access,
-    cache: Cache,
-) -> Result<(Session, Mapping, Option<Choice>), DeviceError> {
-    if let Cache::WriteCombining | Cache::WriteBack = cache {
-        return Err(VfioError::Cache {
-            path: name(address),
-            mode: cache.name(),
-        }
-        .into());
-    }
-    let failed = |what| {
-        move |source: io::Error| DeviceError::System {
-            what,
-            path: name(address),
-            source,
-        }
-    };
-    let failed_errno = |what| move |error: Errno| failed(what)(error.into());
+/// A device that is open, and whose superblock was read. It is mapped by [`Examined::open`].
+pub(super) struct Examined {
+    device: Device,
+    place: Bar,
+    /// Offset of the region in the device's file.
+    start: u64,
+    superblock: Mapping,
+    page: Mapping,
+    id: u32,
+    layout: Layout,
+}
+
+/// Opens a device, and reads its superblock.
+pub(super) fn examine(address: PciAddress) -> Result<Examined, DeviceError> {
     let unusable = |fault: &str| group::unusable(address, fault.to_owned());
     let folder = Folder::open(Path::new(folder::DEVICES), address)?;
     let (file, files) = group::open(&folder, address)?;
-    let region = |index| calls::region(&file, index).map_err(failed_errno("examine"));
+    let region = |index| calls::region(&file, index).map_err(failed("examine", address));
     let registers = region(uapi::BAR_REGISTERS)?;
     let bar = region(uapi::BAR_REGION)?;
     let config = region(VFIO_PCI_CONFIG_REGION_INDEX)?;
@@ -199,75 +192,131 @@ pub(super) fn open(
     if !has_flags(&config, both) || config.size < COMMAND + 2 {
         return Err(unusable("its configuration space is missing").into());
     }
-    let mut device = Device {
+    let device = Device {
         address,
         folder,
         vectors: Vec::new(),
-        request: Request::new().map_err(failed_errno("make an eventfd for"))?,
+        request: Request::new().map_err(failed("make an eventfd for", address))?,
         doorbell: registers.offset + uapi::REGISTER_DOORBELL as u64,
         file,
         _files: files,
     };
-    device.switch_on(&config).map_err(failed("switch on"))?;
+    let on = device.switch_on(&config);
+    on.map_err(failed_io("switch on", address))?;
     let mut id = [0; 4];
     let register = registers.offset + uapi::REGISTER_ID as u64;
     let read = device.file.read_exact_at(&mut id, register);
-    read.map_err(failed("read the ID of"))?;
+    read.map_err(failed_io("read the ID of", address))?;
     let id = u32::from_le_bytes(id);
     let page_offset = superblock::presence_page(address, bar.size, id)?;
-    let map_at = |offset: u64, size, access| {
+    let map_page = |offset: u64, access| {
+        let size = PAGE_SIZE as usize;
         let mapped = Mapping::map_at(&device.file, bar.offset + offset, size, access);
-        mapped.map_err(failed_errno("map"))
+        mapped.map_err(failed("map", address))
     };
+    let superblock = map_page(0, Access::ReadOnly)?;
     // Read once. Everything after this uses the copy.
     let words: Box<[u64; PAGE_WORDS]> = {
-        let page = map_at(0, PAGE_SIZE as usize, Access::ReadOnly)?.region();
+        let page = superblock.region();
         Box::new(page.over_write_combining().page(0))
     };
     let layout = superblock::decode(&words, bar.size, name(address), address, id)?;
-    // A session that reads has the page for writing as well, because it can begin to write.
-    let page = map_at(page_offset, PAGE_SIZE as usize, Access::ReadWrite)?;
-    let size = usize::try_from(layout.mappable_size()).unwrap_or(usize::MAX);
-    let choice = match cache {
-        Cache::Auto => {
-            let window = size.min(cache::WINDOW as usize);
-            let mapping = map_at(0, window, Access::ReadOnly)?;
-            Some(Choice::noncached(&mapping))
-        }
-        _ => None,
-    };
-    let mapping = match access {
-        Access::ReadOnly => map_at(0, size, access)?,
-        Access::ReadWrite => {
-            let first = FIRST_FREE as usize;
-            let mapped = Mapping::map_apart(&device.file, bar.offset, size, first);
-            mapped.map_err(failed_errno("map"))?
-        }
-    };
-    if let Some(word) = mapping.first() {
-        black_box(word.load(Ordering::Relaxed));
-    }
-    let bound = device.bind_vectors(layout.vectors);
-    bound.map_err(failed_errno("get the interrupts of"))?;
-    let bound = device.bind_request();
-    bound.map_err(failed_errno("watch the removal of"))?;
-    // From here on the kernel does not reset the device, so that the broker does not end the epoch.
-    let session = Session::new(Parts {
-        locks: None,
-        address,
-        access,
+    Ok(Examined {
+        // A session that reads has the page for writing as well, because it can begin to write.
+        page: map_page(page_offset, Access::ReadWrite)?,
+        device,
         place,
-        mapping: mapping.clone(),
-        page: SlotPage::new(page.region().over_write_combining()),
+        start: bar.offset,
+        superblock,
         id,
         layout,
-        cache: NONCACHED,
-        handle: Box::new(device),
-    });
-    if access == Access::ReadWrite {
-        session.begin(false)?;
+    })
+}
+
+impl Examined {
+    /// Returns the identity of the device's region.
+    pub(super) fn identity(&self) -> Identity {
+        self.layout.identity
     }
-    Ok((session, mapping, choice))
+
+    /// Maps the region, and makes a session.
+    pub(super) fn open(
+        self,
+        access: Access,
+        cache: Cache,
+    ) -> Result<(Session, Mapping, Option<Choice>), DeviceError> {
+        let mut device = self.device;
+        let address = device.address;
+        check_mode(address, cache)?;
+        let size = usize::try_from(self.layout.mappable_size()).unwrap_or(usize::MAX);
+        let map = |size, access| {
+            let mapped = match access {
+                Access::ReadOnly => Mapping::map_at(&device.file, self.start, size, access),
+                Access::ReadWrite => {
+                    Mapping::map_apart(&device.file, self.start, size, FIRST_FREE as usize)
+                }
+            };
+            mapped.map_err(failed("map", address))
+        };
+        let choice = match cache {
+            Cache::Auto => {
+                let window = size.min(cache::WINDOW as usize);
+                Some(Choice::noncached(&map(window, Access::ReadOnly)?))
+            }
+            _ => None,
+        };
+        let mapping = map(size, access)?;
+        if let Some(word) = mapping.first() {
+            black_box(word.load(Ordering::Relaxed));
+        }
+        let bound = device.bind_vectors(self.layout.vectors);
+        bound.map_err(failed("get the interrupts of", address))?;
+        let bound = device.bind_request();
+        bound.map_err(failed("watch the removal of", address))?;
+        // From here on the kernel does not reset the device, so that the broker does not end the
+        // epoch.
+        let session = Session::new(Parts {
+            locks: None,
+            address,
+            access,
+            place: self.place,
+            superblock: self.superblock,
+            page: SlotPage::new(self.page.region().over_write_combining()),
+            id: self.id,
+            layout: self.layout,
+            cache: NONCACHED,
+            handle: Box::new(device),
+        });
+        if access == Access::ReadWrite {
+            session.begin(false)?;
+        }
+        Ok((session, mapping, choice))
+    }
+}
+
+/// Returns an error for a cache mode in which VFIO maps no device.
+pub(super) fn check_mode(address: PciAddress, cache: Cache) -> Result<(), VfioError> {
+    match cache {
+        Cache::WriteCombining | Cache::WriteBack => Err(VfioError::Cache {
+            path: name(address),
+            mode: cache.name(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the error of a failed call on a device.
+fn failed(what: &'static str, address: PciAddress) -> impl Fn(Errno) -> DeviceError {
+    let failed = failed_io(what, address);
+    move |error| failed(error.into())
+}
+
+fn failed_io(what: &'static str, address: PciAddress) -> impl Fn(io::Error) -> DeviceError {
+    move |source| DeviceError::System {
+        what,
+        path: name(address),
+        source,
+    }
 }
 
 fn has_flags(region: &vfio_region_info, flags: u32) -> bool {

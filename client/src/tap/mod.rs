@@ -2,14 +2,18 @@
 
 //! A reader that claims nothing, writes nothing and delays neither end of a channel, on both sides.
 
+mod looks;
+mod spin;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use barlink_protocol::cursor::{Header, Reset};
 use barlink_protocol::wire::layout::End;
 use barlink_protocol::{PresenceWords, Sight, Strategy};
 
+use self::looks::Looks;
+use self::spin::Spin;
 use crate::error::Error;
 use crate::event_error::EventError;
 use crate::memory::{Mapping, RingRegion};
@@ -17,14 +21,7 @@ use crate::options::Side;
 use crate::process::Process;
 use crate::receiver::OwnedRecord;
 use crate::removal::Removal;
-use crate::timer::{NOW, Timer};
 
-/// First time between two looks.
-const FIRST_LOOK: Duration = Duration::from_micros(50);
-/// Longest time between two looks, and the same once no record has come for [`IDLE_TIMEOUT`].
-const LONGEST_LOOK: Duration = Duration::from_millis(10);
-const LONGEST_IDLE_LOOK: Duration = Duration::from_millis(100);
-const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of tries of one call to copy a record before it is overwritten.
 const TRIES: u32 = 16;
 /// Number of looks of a spinning tap for each look at the clock.
@@ -500,131 +497,6 @@ impl AsRawFd for Tap {
     }
 }
 
-/// The durations of a tap's spins. A tap spins before it sleeps between two looks.
-#[derive(Clone, Copy, Debug)]
-struct Spin {
-    least: Duration,
-    most: Duration,
-    /// The duration of the next spin. It grows while spinning finds records, and shrinks while it
-    /// does not.
-    next: Duration,
-}
-
-impl Spin {
-    fn of(strategy: Strategy) -> Self {
-        // On one CPU the sender cannot run while the tap spins.
-        let most = match strategy.most_spin {
-            Duration::ZERO => Duration::ZERO,
-            most => {
-                let cpus = std::thread::available_parallelism();
-                let can_spin = cpus.is_ok_and(|cpus| cpus.get() > 1);
-                if can_spin { most } else { Duration::ZERO }
-            }
-        };
-        let least = strategy.least_spin.min(most);
-        Spin {
-            least,
-            most,
-            next: least,
-        }
-    }
-
-    fn is_possible(&self) -> bool {
-        !self.most.is_zero()
-    }
-
-    fn has_succeeded(&mut self) {
-        self.next = self.next.saturating_mul(2).min(self.most);
-    }
-
-    fn has_failed(&mut self) {
-        self.next = (self.next / 2).max(self.least);
-    }
-}
-
-/// The times of a tap's looks at its channel.
-#[derive(Debug)]
-struct Looks {
-    /// Expires when it is time to look, once a program has asked for its descriptor. To set it is a
-    /// system call, which a tap that is not waited for by its descriptor does not need.
-    timer: Timer,
-    is_waited_for: AtomicBool,
-    /// The time of the next look; `None` for now.
-    due: Option<Instant>,
-    /// The time between the last two looks that found nothing; `None` if the last one found a
-    /// record.
-    pause: Option<Duration>,
-    /// The time of the last record that was copied, or of the tap's beginning.
-    last: Instant,
-}
-
-impl Looks {
-    fn new() -> Result<Self, EventError> {
-        Ok(Looks {
-            timer: Timer::new()?,
-            is_waited_for: AtomicBool::new(false),
-            due: None,
-            pause: None,
-            last: Instant::now(),
-        })
-    }
-
-    /// Returns whether the program waits for a record, or has done something else for a while.
-    fn rested(&self) -> bool {
-        self.pause.is_some() || self.last.elapsed() >= LONGEST_LOOK
-    }
-
-    /// Returns the time until the next look.
-    fn left(&self) -> Duration {
-        self.due.map_or(Duration::ZERO, |due| {
-            due.saturating_duration_since(Instant::now())
-        })
-    }
-
-    /// Returns the descriptor that is readable when it is time to look.
-    fn descriptor(&self) -> BorrowedFd<'_> {
-        if !self.is_waited_for.swap(true, Ordering::Relaxed) {
-            self.set_timer();
-        }
-        self.timer.as_fd()
-    }
-
-    fn set_timer(&self) {
-        if self.is_waited_for.load(Ordering::Relaxed) {
-            // Zero would switch the timer off.
-            self.timer.set(self.left().max(NOW));
-        }
-    }
-
-    /// Notes that a look found a record, so that another one may be there.
-    #[inline]
-    fn found_record(&mut self) {
-        self.last = Instant::now();
-        if self.pause.take().is_some() {
-            self.due = None;
-            self.set_timer();
-        }
-    }
-
-    /// Notes that a look found nothing, and sets the time of the next one.
-    fn found_nothing(&mut self) {
-        let now = Instant::now();
-        let longest = match now.saturating_duration_since(self.last) < IDLE_TIMEOUT {
-            true => LONGEST_LOOK,
-            false => LONGEST_IDLE_LOOK,
-        };
-        let pause = match self.pause {
-            None => FIRST_LOOK,
-            // A look before its time does not lengthen the pause.
-            Some(_) if self.due.is_some_and(|due| due > now) => return,
-            Some(pause) => (2 * pause).min(longest),
-        };
-        self.pause = Some(pause);
-        self.due = Some(now + pause);
-        self.set_timer();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -633,32 +505,6 @@ mod tests {
 
     use super::*;
     use crate::removal::{self, Removable};
-
-    #[test]
-    fn timer_stays_off_until_waited_for() {
-        let mut looks = Looks::new().unwrap();
-        let is_set = |looks: &Looks| !looks.timer.left().is_zero();
-        let look = |looks: &mut Looks| {
-            std::thread::sleep(looks.left());
-            looks.found_nothing();
-        };
-        // After so many looks the pause is longer than a delay of this thread.
-        for _ in 0..8 {
-            look(&mut looks);
-            assert!(!is_set(&looks));
-        }
-        looks.last = Instant::now().checked_sub(IDLE_TIMEOUT).unwrap();
-        for _ in 0..5 {
-            look(&mut looks);
-        }
-        assert!(looks.left() > LONGEST_LOOK && !is_set(&looks));
-        let _ = looks.descriptor();
-        assert!(is_set(&looks));
-        look(&mut looks);
-        assert!(is_set(&looks));
-        looks.found_record();
-        assert!(!is_set(&looks) && looks.left().is_zero());
-    }
 
     #[derive(Debug)]
     struct Pipe(std::io::PipeReader);
@@ -711,27 +557,5 @@ mod tests {
         assert_eq!(error.kind(), crate::ErrorKind::Gone);
         assert!(start.elapsed() < 30 * second);
         removing.join().unwrap();
-    }
-
-    #[test]
-    fn spins_grow_while_they_succeed() {
-        let mut spin = Spin::of(Strategy::SLEEP);
-        assert!(!spin.is_possible());
-        spin.has_succeeded();
-        assert_eq!(spin.next, Duration::ZERO);
-        let (least, most) = (Duration::from_micros(1), Duration::from_micros(50));
-        spin = Spin {
-            least,
-            most,
-            next: least,
-        };
-        for _ in 0..6 {
-            spin.has_succeeded();
-        }
-        assert_eq!(spin.next, most);
-        for _ in 0..9 {
-            spin.has_failed();
-        }
-        assert_eq!(spin.next, least);
     }
 }
