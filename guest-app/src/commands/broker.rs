@@ -10,7 +10,7 @@ use barlink_cli::notice::tell;
 use barlink_cli::unread::wait_until_received;
 
 /// Text of the warning about a broker that does not answer.
-const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy or gone, and no program may receive what this one sends. \
+const SILENT: &str = "the broker has not answered for 10 s: it is stopped, busy or gone, or QEMU has lost its connection to it, and no program may receive what this one sends. \
                       A broker that was started anew has another region: shut this VM down and start it again";
 /// Text of the warning about a broker that has ended in good order.
 const ENDED: &str = "the broker has ended, and only host apps that are still attached receive what this program sends. A broker \
