@@ -541,10 +541,10 @@ mod tests {
             assert_eq!(serve.sockets.0, std::slice::from_ref(expected));
         }
         // The broker stores its eventfds; a listener, its lock, a VM and its process for each slot,
-        // and as many for host apps; 64 host apps; the region's memory and the stored state. A slot
-        // of vfio-user adds its session, an eventfd for each vector, and the files of the guest's
-        // memory.
-        let most = (MAX_SLOTS + 1) * MAX_VECTORS + 4 * (MAX_SLOTS + 1) + 64 + 2;
+        // and as many for host apps; 128 host apps; the region's memory and the stored state. A
+        // slot of vfio-user adds its session, an eventfd for each vector, and the files of the
+        // guest's memory.
+        let most = (MAX_SLOTS + 1) * MAX_VECTORS + 4 * (MAX_SLOTS + 1) + 128 + 2;
         let most = most + MAX_SLOTS * (1 + MAX_VECTORS + MAX_FILES);
         let number = |key| value(key).parse::<u32>().unwrap();
         assert!(number("FileDescriptorStoreMax") >= most);

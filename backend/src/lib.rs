@@ -12,4 +12,5 @@ pub mod persistence;
 mod rate_limit;
 pub mod slot;
 pub mod socket;
+mod token_bucket;
 pub mod transport;

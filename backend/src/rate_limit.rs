@@ -22,6 +22,8 @@ const ACCOUNTS: usize = 64;
 pub static NOT_ADMITTED: RateLimit = RateLimit::new();
 /// Log limit for rejected VMs and rejected requests.
 pub static REJECTED: RateLimit = RateLimit::new();
+/// Log limit for host apps whose requests wait.
+pub static DELAYED: RateLimit = RateLimit::new();
 /// Log limit for clients that connect and disconnect.
 pub static CONNECTIONS: RateLimit = RateLimit::new();
 /// Log limit for descriptors that the service manager does not store.

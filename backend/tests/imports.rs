@@ -57,6 +57,7 @@ const PROTOCOL: Parts = &[
     ("wire", &[]),
     ("copy", &["sync"]),
     ("cursor", &["wire"]),
+    ("streaming", &[]),
     ("region", &["io", "sync", "wire", "copy"]),
     ("cache", &["sync", "wire", "region"]),
     ("page", &["sync", "wire", "region"]),
@@ -65,7 +66,15 @@ const PROTOCOL: Parts = &[
     ("state", &["sync", "wire", "cursor", "region"]),
     (
         "producer",
-        &["io", "sync", "wire", "cursor", "region", "state"],
+        &[
+            "io",
+            "sync",
+            "wire",
+            "cursor",
+            "region",
+            "state",
+            "streaming",
+        ],
     ),
     (
         "consumer",
@@ -102,10 +111,17 @@ const BACKEND: Parts = &[
     ("environment", &[]),
     ("memory", &[]),
     ("rate_limit", &[]),
+    ("token_bucket", &[]),
     ("socket", &["rate_limit"]),
     (
         "persistence",
-        &["environment", "memory", "rate_limit", "socket"],
+        &[
+            "environment",
+            "memory",
+            "rate_limit",
+            "token_bucket",
+            "socket",
+        ],
     ),
     ("slot", &["memory", "rate_limit", "socket", "persistence"]),
     (
@@ -169,6 +185,7 @@ const BACKEND: Parts = &[
         "broker/control",
         &[
             "rate_limit",
+            "token_bucket",
             "socket",
             "persistence",
             "slot",
@@ -281,7 +298,7 @@ const CLIENT: Parts = &[
     ),
     (
         "guest/broker",
-        &["memory", "event_error", "guest/interface"],
+        &["memory", "event_error", "guest/direct", "guest/interface"],
     ),
     (
         "guest/events",

@@ -34,7 +34,7 @@ pub use self::accept::{Listener, SocketError};
 pub use self::check::{CheckError, Checked, check};
 pub use self::config::Config;
 pub use self::confine::confine_early_thread;
-pub use self::control::{Answered, Exit, answer};
+pub use self::control::{Client, Exit, Next, handle};
 pub use self::error::BrokerError;
 pub use self::plan::{ChannelPlan, Direction, Party, PlanError, Reserve, plan};
 pub use self::policy::Policy;

@@ -60,7 +60,7 @@ impl Limits {
 }
 
 /// Descriptors of a broker beside its eventfds: its own, and those of host apps and sessions.
-const OTHER_DESCRIPTORS: u64 = 512;
+const OTHER_DESCRIPTORS: u64 = 640;
 
 /// Returns how many descriptors a broker with these arguments needs.
 fn descriptors(args: &Serve) -> u64 {

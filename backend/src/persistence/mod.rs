@@ -7,7 +7,6 @@ mod manager;
 pub mod name;
 pub(crate) mod state;
 mod store;
-mod token_bucket;
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};

@@ -4,7 +4,7 @@
 //! whatever instruction. It is in memory of its own, which no VM and no host app sees, as words
 //! that are each stored whole.
 //!
-//! The first page is the superblock, as the region has it. The second page has the broker's own
+//! The first page is the superblock, as the region has it. The other pages have the broker's own
 //! words, of which each slot and the roster see their own part.
 
 use std::fs::File;
@@ -17,7 +17,7 @@ use barlink_protocol::{Ordering, state, table};
 use super::name::ClientId;
 use crate::memory::{self, Access, Mapping, MemoryError, Region};
 
-const SIZE: u64 = 2 * PAGE_SIZE;
+const SIZE: u64 = 3 * PAGE_SIZE;
 
 const EPOCH: u64 = PAGE_SIZE;
 /// Claims so far.
@@ -45,9 +45,13 @@ const BASES: u64 = PAGE_SIZE + 1728;
 /// By channel and end: the host app that holds it, 0 for none.
 const OWNERS: u64 = PAGE_SIZE + 2304;
 /// The host apps whose attachments are read-only, in any order; 0 for none.
-const READERS: u64 = PAGE_SIZE + 3584;
-/// Most host apps at a time.
-pub const MAX_CLIENTS: usize = 64;
+const READERS: u64 = 2 * PAGE_SIZE;
+/// Most host apps at a time, of users who may write.
+pub const MAX_WRITERS: usize = 64;
+/// Most host apps at a time, of users who may only read.
+pub const MAX_READERS: usize = 64;
+/// Most host apps at a time. Each can have an attachment that is read-only.
+pub const MAX_CLIENTS: usize = MAX_WRITERS + MAX_READERS;
 
 /// The progress of a VM's handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -346,7 +350,8 @@ mod tests {
 
     /// Reads the broker's own words.
     fn words(state: &PersistedState) -> Vec<u64> {
-        state.words.0.page(PAGE_SIZE).into()
+        let pages = (PAGE_SIZE..SIZE).step_by(PAGE_SIZE as usize);
+        pages.flat_map(|page| state.words.0.page(page)).collect()
     }
 
     /// Creates the state of a successor that finds these words.
@@ -433,10 +438,11 @@ mod tests {
         }
         let all: Vec<_> = (1..=MAX_CLIENTS as u64).collect();
         assert_eq!(roster.readers(), all);
-        assert!(!roster.is_reader(100));
+        let next = MAX_CLIENTS as u64 + 1;
+        assert!(!roster.is_reader(next));
         roster.set_reader(7, false);
-        roster.set_reader(100, true);
-        assert!(roster.is_reader(100) && !roster.is_reader(7));
+        roster.set_reader(next, true);
+        assert!(roster.is_reader(next) && !roster.is_reader(7));
     }
 
     /// A call is one store, which is done or not. A new holder is two stores, in the order that

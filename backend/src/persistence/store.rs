@@ -20,9 +20,9 @@ use rustix::fs::FlockOperation;
 use rustix::net::Shutdown;
 
 use super::manager::{Manager, Notice};
-use super::token_bucket::TokenBucket;
 use super::{Inheritance, Stored, name};
 use crate::environment::text;
+use crate::token_bucket::TokenBucket;
 
 /// The stored descriptors of this broker.
 pub struct DescriptorStore {

@@ -2,6 +2,8 @@
 
 //! Tests of channels that are added while a region is in use.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use barlink::control::client::{Control, ControlError};
@@ -218,4 +220,57 @@ fn forged_table_misleads_no_host_app() {
     assert_eq!(published, Layout::decode(&app.layout().encode(), size));
     let (_, code) = broker.stop(Signal::TERM);
     assert_eq!(code, Some(0));
+}
+
+/// Kills a broker after each store of a new channel: those in the broker's own table, and then
+/// those in the region's. A successor has the channel once its own table has it whole, and the
+/// region's table then follows. Words that only the region has are forged by another program.
+#[test]
+fn successor_completes_table_of_killed_broker() {
+    const NEW: &str = "new=host-host,64K";
+    let folder = tempfile::tempdir().unwrap();
+    let manager = ServiceManager::new(folder.path()).unwrap();
+    let mut service = Broker::start_as(&manager, folder, &RESERVE);
+    // Its mapping outlives the brokers.
+    let app = service.attach();
+    let own = File::from(manager.descriptor("ledger").unwrap());
+    let before = app.layout().clone();
+    works(&mut service.app(&["channel", "add", NEW]));
+    let after = service.attach().layout().clone();
+    let pages = [before.encode(), after.encode()];
+    let changed = (0..pages[0].len()).filter(|&word| pages[0][word] != pages[1][word]);
+    let (count, entry): (Vec<_>, Vec<_>) =
+        changed.partition(|&word| word as u64 == TABLE_COUNT / 8);
+    let stores = [entry, count].concat();
+    let all = stores.len();
+    assert!(all > 4, "{stores:?}");
+    let killed = (0..all).map(|own| (own, 0));
+    let killed = killed.chain((0..=all).map(|region| (all, region)));
+    let forged = (1..=all).map(|region| (0, region));
+    for (own_stores, region_stores) in killed.chain(forged) {
+        // The claims of the round before have ended.
+        service.wait_until_idle();
+        kill(&mut service.child);
+        for (number, &word) in stores.iter().enumerate() {
+            let offset = 8 * word as u64;
+            let value = |stores| pages[usize::from(number < stores)][word];
+            let bytes = value(own_stores).to_le_bytes();
+            own.write_all_at(&bytes, offset).unwrap();
+            app.region().store(offset, value(region_stores)).unwrap();
+        }
+        service.start_service_again(&manager, &RESERVE);
+        let is_whole = own_stores == all;
+        let expected = if is_whole { &after } else { &before };
+        let published = || state::read_layout(app.region().ring(), before.region_size);
+        let state = format!("{own_stores} own stores, {region_stores} in the region");
+        assert_eq!(service.attach().layout(), expected, "{state}");
+        assert_eq!(published().as_ref(), Ok(expected), "{state}");
+        let mut add = service.app(&["channel", "add", NEW]);
+        match is_whole {
+            true => fails(&mut add, 1, &["`new` already"]),
+            false => drop(works(&mut add)),
+        }
+        assert_eq!(published().as_ref(), Ok(&after), "{state}");
+        exchange(&service.attach(), &service.attach(), "new");
+    }
 }

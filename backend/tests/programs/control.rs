@@ -43,7 +43,7 @@ fn accept(listener: &OwnedFd) -> OwnedFd {
 }
 
 /// Maximum number of host apps at a time, as in the broker.
-const MOST: usize = 64;
+pub const MOST: usize = 64;
 
 pub fn connect_app(broker: &Broker) -> OwnedFd {
     let socket = seqpacket();

@@ -74,7 +74,7 @@ fn full_table_names_another_region() {
 fn low_limits_are_named_with_their_cures() {
     let folder = tempfile::tempdir().unwrap();
     for (limit, parts) in [
-        ("-n 20", ["on open files, 20,", "ulimit -n 518"]),
+        ("-n 20", ["on open files, 20,", "ulimit -n 646"]),
         ("-f 1000", ["on the size of files,", "ulimit -f unlimited"]),
         // This limit lets the program start, also in a debug build, which is larger. The memory of
         // the region does not fit.

@@ -19,6 +19,7 @@ mod many;
 mod process;
 mod qemu_version;
 mod questions;
+mod readers;
 mod refused_calls;
 mod replace;
 mod serve;

@@ -20,6 +20,7 @@ use barlink_service::ServiceManager;
 use rustix::process::Signal;
 
 use crate::control::{connect_app, say};
+use crate::readers;
 use crate::support::*;
 use crate::vmm::*;
 
@@ -548,16 +549,8 @@ fn successor_grants_reader_no_more() {
     if !can_become_another_user() {
         return;
     }
-    let mut broker = Broker::start(&["--allow-reader", "nobody"]);
-    let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o711);
-    std::fs::set_permissions(broker.folder.path(), everyone).unwrap();
-    let reader = std::thread::scope(|scope| {
-        let connect_as_nobody = || {
-            rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
-            connect_app(&broker)
-        };
-        scope.spawn(connect_as_nobody).join().unwrap()
-    });
+    let mut broker = readers::start(&[]);
+    let reader = readers::connect_as_nobody(&broker);
     let ask = br#"{"version":1,"ask":"status"}"#;
     assert!(say(&reader, ask).contains("claims"));
     for options in [&["--allow-reader", "nobody"][..], &[]] {

@@ -146,56 +146,6 @@ fn admits_members_of_supplementary_group() {
     assert_eq!(member("--clear-groups"), Some(3));
 }
 
-#[test]
-fn reader_taps_and_changes_nothing() {
-    if !can_become_another_user() {
-        return;
-    }
-    let channel = ["--channel", "loop=host-host,64K", "--reserve", "128K"];
-    let readers = [&channel[..], &["--allow-reader", "nobody"]].concat();
-    let broker = Broker::start(&readers);
-    let folder = std::fs::Permissions::from_mode(0o711);
-    std::fs::set_permissions(broker.folder.path(), folder).unwrap();
-    let mode = |name: &str| broker.path(name).metadata().unwrap().mode() & 0o777;
-    assert_eq!((mode("control.sock"), mode("vm.sock")), (0o666, 0o600));
-    let mut sender = broker.attach().sender("loop").unwrap();
-    let _ = sender.send(barlink::Kind::USER, b"21.5").unwrap();
-    let reads: [&[&str]; 5] = [
-        &["tail", "loop", "--latest", "-n", "1"],
-        &["recv", "--channel", "loop", "--latest"],
-        &["inspect", "--json"],
-        &["peek", "--length", "8"],
-        &["channel", "list"],
-    ];
-    for args in reads {
-        assert_ne!(works(as_nobody(&mut broker.app(args))), "", "{args:?}");
-    }
-    let changes: [&[&str]; 5] = [
-        &["recv", "--channel", "loop"],
-        &["send", "--channel", "loop"],
-        &["poke", "text"],
-        &["reset-channel", "loop"],
-        &["channel", "add", "new=host-host,4K"],
-    ];
-    let refused = [
-        "this user may only read here (--allow-reader)",
-        "recv --tap",
-        "--allow-user",
-    ];
-    for args in changes {
-        fails(as_nobody(&mut broker.app(args)), 1, &refused);
-    }
-    // Only the broker's own user and root may read a guest's memory.
-    let peek = ["peek", "--guest", "0", "--length", "8"];
-    fails(
-        as_nobody(&mut broker.app(&peek)),
-        1,
-        &["only the broker's own user and root"],
-    );
-    let state = broker.attach().status().unwrap();
-    assert_eq!(state.claims.len(), 1);
-}
-
 /// A terminal that is stopped by Ctrl-S behaves like this pipe.
 #[test]
 fn unread_log_stops_neither_service_nor_end() {

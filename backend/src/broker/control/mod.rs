@@ -3,7 +3,9 @@
 //! The control server: it answers the requests of host apps.
 
 mod answers;
+mod client;
+mod readers;
 mod server;
 
-pub use self::answers::{Answered, answer};
-pub use self::server::{Exit, serve};
+pub use self::client::Client;
+pub use self::server::{Exit, Next, handle, serve};

@@ -21,6 +21,8 @@ use rustix::net::SocketFlags;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::answers;
+use super::client::{Client, ENDED, IDLE_TIMEOUT};
+use super::readers::{self, Requests, Turn};
 use crate::broker::accept::Listener;
 use crate::broker::reply;
 use crate::broker::state::BrokerState;
@@ -34,15 +36,11 @@ use barlink::Access;
 use barlink::control::message::{Answer, Ask, MAX_COPY, MAX_PACKET, Refusal, Request};
 use barlink::control::packet::PacketSocket;
 
-/// The time within which a host app must send its first request.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a connection for which the kernel has no descriptor.
 const PAUSE: Duration = Duration::from_millis(100);
 // Numbers of clients count from 1, so no client has one of these.
 const STOP: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
-/// Flag beside the number of a client: the client's process has ended.
-const ENDED: u64 = 1 << 62;
 /// Packets that are received of a client whose process has ended. It may have sent one request, and
 /// closed its socket.
 const LAST_PACKETS: usize = 2;
@@ -54,54 +52,6 @@ pub enum Exit {
     Stopped,
     /// A successor serves now.
     HandedOver,
-}
-
-struct Client {
-    socket: Arc<PacketSocket>,
-    peer: Peer,
-    /// The process that connected: readable once it has ended. A process that it forked may have a
-    /// copy of the connection.
-    process: Option<OwnedFd>,
-    since: Instant,
-    /// Whether it has sent a valid request.
-    active: bool,
-    /// Whether the broker has disconnected it, and it still holds ends.
-    is_parted: bool,
-    /// The access that it last attached with; read and write before it has attached.
-    access: Access,
-    /// The most access that the operator permits it.
-    most: Access,
-}
-
-impl Client {
-    fn new(socket: OwnedFd, peer: Peer, most: Access) -> io::Result<Self> {
-        Ok(Client {
-            process: peer.process(&socket)?,
-            most,
-            ..Self::unwatched(socket, peer, false)
-        })
-    }
-
-    /// Creates a client whose process is not watched, and which may do no more than read.
-    fn unwatched(socket: OwnedFd, peer: Peer, active: bool) -> Self {
-        Client {
-            process: None,
-            socket: Arc::new(PacketSocket::from_connected(socket)),
-            peer,
-            since: Instant::now(),
-            active,
-            is_parted: false,
-            access: Access::ReadWrite,
-            most: Access::ReadOnly,
-        }
-    }
-
-    /// Returns the descriptors that the loop watches, and the data of their events.
-    fn watched(&self, id: ClientId) -> impl Iterator<Item = (RawFd, u64)> {
-        let process = self.process.as_ref();
-        let process = process.map(|process| (process.as_raw_fd(), id | ENDED));
-        std::iter::once((self.socket.as_fd().as_raw_fd(), id)).chain(process)
-    }
 }
 
 /// Serves the host apps that connect to the listener, and those that a predecessor handed over.
@@ -123,6 +73,14 @@ pub fn serve(
             if let Err(error) = epoll.ctl(ControlOperation::Delete, fd, event) {
                 warn!("{} is still watched: {error}", client.peer);
             }
+        }
+    };
+    // A client whose socket is not heard is still watched for its end.
+    let hear = |client: &Client, id, events| {
+        let event = EpollEvent::new(events, id);
+        let fd = client.socket.as_fd().as_raw_fd();
+        if let Err(error) = epoll.ctl(ControlOperation::Modify, fd, event) {
+            warn!("{} is not delayed: {error}", client.peer);
         }
     };
     let watch_client = |client: &Client, id| {
@@ -171,6 +129,7 @@ pub fn serve(
         clients.insert(id, client);
     }
     let mut events = vec![EpollEvent::default(); MAX_CLIENTS + 2];
+    let mut requests = Requests::default();
     let mut buffer = Box::new([0; MAX_PACKET]);
     loop {
         let ready = match epoll.wait(timeout(&clients), &mut events) {
@@ -178,11 +137,19 @@ pub fn serve(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
+        let now = Instant::now();
+        for (id, client) in &mut clients {
+            if matches!(client.turn, Turn::At(time) if time <= now) {
+                client.turn = Turn::Paid;
+                hear(client, *id, EventSet::IN);
+            }
+        }
         for event in &events[..ready] {
+            let has_hung_up = event.event_set().contains(EventSet::HANG_UP);
             match event.data() {
                 STOP => return Ok(Exit::Stopped),
                 LISTENER => {
-                    if let Some(client) = admit(listener, state, clients.len()) {
+                    if let Some(client) = admit(listener, state, &clients) {
                         let id = state.roster.next_client();
                         match watch_client(&client, id) {
                             Ok(()) => drop(clients.insert(id, client)),
@@ -195,7 +162,15 @@ pub fn serve(
                     let Some(client) = clients.get_mut(&id) else {
                         continue;
                     };
-                    let mut next = handle(client, id, state, &mut buffer);
+                    let mut next = match client.is_reader() && (has_ended || has_hung_up) {
+                        // Its last requests would change nothing, and it reads no answer.
+                        true => Next::Leaves(None),
+                        false if requests.must_wait(client, now) => {
+                            hear(client, id, EventSet::empty());
+                            continue;
+                        }
+                        false => handle(client, id, state, &mut buffer),
+                    };
                     for _ in 1..LAST_PACKETS {
                         if has_ended && matches!(next, Next::Stays) {
                             next = handle(client, id, state, &mut buffer);
@@ -225,7 +200,7 @@ pub fn serve(
         }
         // The sockets of idle clients are not stored.
         clients.retain(|_, client| {
-            let stays = client.active || client.since.elapsed() < IDLE_TIMEOUT;
+            let stays = client.idle_time() != Some(Duration::ZERO);
             if !stays {
                 unwatch(client);
                 let peer = client.peer;
@@ -240,13 +215,17 @@ pub fn serve(
     }
 }
 
-/// Returns the milliseconds until the first idle timeout; −1 if there is none.
+/// Returns the milliseconds until the first idle timeout or turn of a client; −1 if there is none.
 fn timeout(clients: &HashMap<ClientId, Client>) -> i32 {
-    let idle = clients.values().filter(|client| !client.active);
-    let first = idle
-        .map(|client| IDLE_TIMEOUT.saturating_sub(client.since.elapsed()))
-        .min();
-    first.map_or(-1, |time| {
+    let now = Instant::now();
+    let times = clients.values().flat_map(|client| {
+        let turn = match client.turn {
+            Turn::At(time) => Some(time.saturating_duration_since(now)),
+            Turn::Now | Turn::Paid => None,
+        };
+        [client.idle_time(), turn].into_iter().flatten()
+    });
+    times.min().map_or(-1, |time| {
         i32::try_from(time.as_millis())
             .unwrap_or(i32::MAX)
             .saturating_add(1)
@@ -254,7 +233,11 @@ fn timeout(clients: &HashMap<ClientId, Client>) -> i32 {
 }
 
 /// Accepts a host app, unless it is rejected.
-fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Client> {
+fn admit(
+    listener: &Listener,
+    state: &BrokerState,
+    clients: &HashMap<ClientId, Client>,
+) -> Option<Client> {
     let failed = |message: Arguments<'_>| NOT_ADMITTED.log(Account::Others, Level::Warn, message);
     // A host app takes two descriptors, its socket and its process. One that is accepted with the
     // last descriptor would have to be disconnected, so it is left waiting instead.
@@ -282,14 +265,11 @@ fn admit(listener: &Listener, state: &BrokerState, clients: usize) -> Option<Cli
         ));
         return None;
     };
-    if clients >= MAX_CLIENTS {
-        reject(format_args!(
-            "{peer} is refused: {MAX_CLIENTS} host apps are here"
-        ));
+    if let Some(refusal) = readers::refusal(clients.values(), most) {
+        reject(format_args!("{peer} is refused: {refusal}"));
         // A client that does not receive the reason learns only that it is rejected.
         let socket = PacketSocket::from_connected(socket);
-        let full = Answer::Refused(Refusal::Full(MAX_CLIENTS));
-        let _ = reply::send(&socket, full, &[]);
+        let _ = reply::send(&socket, Answer::Refused(refusal), &[]);
         return None;
     }
     let client = Client::new(socket, peer, most);
@@ -306,10 +286,13 @@ fn most_access(state: &BrokerState, peer: Peer, socket: &PacketSocket) -> Access
 }
 
 /// The result of a request for its client.
-enum Next {
+#[derive(Debug)]
+pub enum Next {
+    /// The client may send more.
     Stays,
     /// The client has disconnected, or is disconnected because of an error.
     Leaves(Option<io::Error>),
+    /// The client is a successor, which serves now.
     TakesOver,
 }
 
@@ -370,7 +353,7 @@ fn drain(
 }
 
 /// Receives one request of a client and answers it.
-fn handle(
+pub fn handle(
     client: &mut Client,
     id: ClientId,
     state: &BrokerState,
@@ -403,7 +386,7 @@ fn handle(
         let stored = client.socket.clone();
         state.descriptors.store(name::client(id), stored);
     }
-    let ask = ask.and_then(|ask| permitted(client, ask));
+    let ask = ask.and_then(|ask| client.permitted(ask));
     if let Ok(Ask::Attach { access }) = ask {
         // The access is stored before the answer is sent, because a broker that is killed after the
         // answer leaves it to its successor.
@@ -443,25 +426,6 @@ fn handle(
     match reply::send(&client.socket, answer, &borrowed) {
         Ok(()) => Next::Stays,
         Err(error) => Next::Leaves(Some(error)),
-    }
-}
-
-/// Returns a request, unless it would change something and its client may only read.
-fn permitted(client: &Client, ask: Ask) -> Result<Ask, Refusal> {
-    let attaches = matches!(
-        ask,
-        Ask::Attach {
-            access: Access::ReadWrite
-        }
-    );
-    let changes = matches!(
-        ask,
-        Ask::Claim { .. } | Ask::Reset { .. } | Ask::AddChannel(_)
-    );
-    match (client.most, client.access) {
-        (Access::ReadOnly, _) if attaches || changes => Err(Refusal::Reader),
-        (_, Access::ReadOnly) if changes => Err(Refusal::ReadOnly),
-        _ => Ok(ask),
     }
 }
 

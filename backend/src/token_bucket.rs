@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A token bucket that limits how many messages one VM can cause: a burst at once, and then a
-//! number a second. It slows the VM that exceeds the limit, and no other.
+//! A token bucket that limits how many messages one party can cause: a burst at once, and then a
+//! number a second. It slows the party that exceeds the limit, and no other. A party is a VM, which
+//! causes messages to the service manager, or a user who may only read, whose host apps send
+//! requests.
 
 use std::time::{Duration, Instant};
 
 /// Messages at once: several times the interrupts that a device has, each set, changed and cleared.
 const BURST: u32 = 2048;
-/// Time that one message costs: 256 a second.
-const EACH: Duration = Duration::from_nanos(1_000_000_000 / 256);
+/// Messages a second after that.
+pub const RATE: u64 = 256;
+/// Time that one message costs.
+const EACH: Duration = Duration::from_nanos(1_000_000_000 / RATE);
 
-/// The token bucket of one VM: a token for each message that it causes.
+/// The token bucket of one party: a token for each message that it causes.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenBucket {
     /// The time at which all messages so far are paid for.
@@ -26,6 +30,11 @@ impl TokenBucket {
     /// Takes a token for one message.
     pub fn take(&mut self, now: Instant) {
         self.paid_at = self.paid_at.max(now) + EACH;
+    }
+
+    /// Returns whether no message is left to pay for, as in a new bucket.
+    pub fn is_full(&self, now: Instant) -> bool {
+        self.paid_at <= now
     }
 
     /// Returns how long to wait before the next message.
