@@ -24,6 +24,8 @@ const MANY: [u32; 4] = [1, 2, 4, 8];
 const SIZES: [u64; 3] = [64, 64 << 10, 1 << 20];
 /// The size of records beside which a reader is stopped.
 const BESIDE_STOPPED: u64 = 64 << 10;
+/// The number of readers that read beside a stopped one.
+const BESIDE: u32 = 2;
 /// A camera: bytes of a frame, and frames a second.
 const FRAME: u64 = 1 << 20;
 const PACE: u32 = 60;
@@ -73,7 +75,10 @@ impl Readers {
                 all.extend(MANY.map(|reading| case(way, reading, 0, size, None)));
             }
             all.extend([0, 1].map(|stopped| case(way, 0, stopped, BESIDE_STOPPED, None)));
-            all.push(case(way, 8, 0, FRAME, Some(PACE)));
+            let camera = [(8, 0), (BESIDE, 0), (BESIDE, 1)];
+            all.extend(
+                camera.map(|(reading, stopped)| case(way, reading, stopped, FRAME, Some(PACE))),
+            );
         }
         all
     }
@@ -82,8 +87,9 @@ impl Readers {
         match (self.reading, self.stopped) {
             (0, 0) => "no reader".to_owned(),
             (0, _) => "a stopped reader".to_owned(),
-            (1, _) => "1 reader".to_owned(),
-            (many, _) => format!("{many} readers"),
+            (1, 0) => "1 reader".to_owned(),
+            (many, 0) => format!("{many} readers"),
+            (many, _) => format!("{many} readers and a stopped one"),
         }
     }
 }
