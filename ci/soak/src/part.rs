@@ -125,7 +125,7 @@ pub fn all() -> Result<Vec<Part>> {
         add(
             format!("crash-{transport}"),
             "faults of all kinds while records flow: none is lost, none comes twice",
-            480,
+            540,
             Work::Crash(transport),
         );
     }
@@ -164,11 +164,17 @@ pub fn all() -> Result<Vec<Part>> {
             "packages",
             "the Debian packages on a clean Debian: installed, booted, upgraded, removed",
             560,
-            "package(barlink-package) & kind(test) & not test(built_driver)",
+            "package(barlink-package) & kind(test) & not test(built_driver) & not test(udev_rules)",
+        ),
+        (
+            "udev-rules",
+            "the rules for guests without the driver on a clean Debian, by sysfs and by VFIO",
+            180,
+            "test(udev_rules_open_device_without_driver)",
         ),
         (
             "built-driver",
-            "the package of the built driver on a clean Debian: installed, booted, replaced by dkms",
+            "the package of the built driver on a clean Debian: installed, booted, replaced by dkms, and back",
             240,
             "test(built_driver_loads_on_clean_debian)",
         ),

@@ -14,9 +14,11 @@
 //! | `pace.rs` | random pauses |
 //! | `trap.rs` | death at a chosen point |
 //! | `produce.rs`, `consume.rs` | the two ends |
-//! | `overwrite.rs`, `tap.rs` | the producer of a channel that overwrites, and taps of it |
+//! | `drop.rs`, `overwrite.rs` | the producers of channels that drop and that overwrite |
+//! | `tap.rs` | taps of a channel |
 
 mod consume;
+mod drop;
 mod journal;
 mod notes;
 mod overwrite;
@@ -27,8 +29,9 @@ mod record;
 mod tap;
 mod trap;
 
-pub use consume::consume;
-pub use notes::{Note, Notes};
+pub use consume::{Gaps, consume};
+pub use drop::drop_records;
+pub use notes::{Note, Notes, Set};
 pub use overwrite::overwrite;
 pub use produce::produce;
 pub use random::Random;

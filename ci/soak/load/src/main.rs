@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The program `barlink-crash-load`: one end of a channel, on the host or in the guest, or a
-//! process that rings the other end without a pause.
+//! The program `barlink-crash-load`: one end of a channel or a tap, on the host or in the guest, or
+//! a process that rings the other end without a pause.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use barlink::guest::{Cache, Device, DeviceError, OpenOptions};
-use barlink::host;
-use barlink::{Error, Side};
-use barlink_crash_load::{Note, Notes, Trap, Trapped, consume, overwrite, produce};
+use barlink::host::{self, AttachOptions};
+use barlink::{Access, Error, Side, Tap};
+use barlink_crash_load::{
+    Note, Notes, Set, Trap, Trapped, consume, drop_records, overwrite, produce, tap,
+};
 use barlink_driver_checks::make_second_node;
+use barlink_protocol::cursor::Capacity;
+use barlink_protocol::state::ChannelState;
 use barlink_protocol::wire::layout::{End, Layout};
 use barlink_protocol::{AtomicU64, Events, Receiver, Sender, region};
 use clap::{Args, Parser, ValueEnum};
@@ -22,7 +26,8 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 /// Time before another attempt to claim an end or open a device that a dead process still holds.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// One end of a channel that `cargo xtask soak crash` kills, or a process that rings meanwhile
+/// One end of a channel or a tap that `cargo xtask soak crash` kills, or a process that rings
+/// meanwhile
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
@@ -30,7 +35,7 @@ struct Cli {
     /// In the guest: use a second node of the device, which the program creates, as in a container
     #[arg(long, value_name = "NODE", requires = "device")]
     second_node: Option<PathBuf>,
-    /// The end
+    /// The end, or another work
     end: Role,
     /// The channel
     channel: String,
@@ -54,8 +59,14 @@ struct Place {
 enum Role {
     Producer,
     Consumer,
+    /// The producer of a channel that drops
+    Dropper,
     /// The producer of a channel that overwrites
     Overwriter,
+    /// Taps, from the first record on
+    Tap,
+    /// Taps that come later
+    LateTap,
     /// Claims the producer's end, sends nothing, and rings the consumer without a pause
     Ringer,
 }
@@ -65,8 +76,10 @@ fn main() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let cli = Cli::parse();
     let end = match cli.end {
-        Role::Producer | Role::Overwriter | Role::Ringer => End::Producer,
+        Role::Producer | Role::Dropper | Role::Overwriter | Role::Ringer => End::Producer,
         Role::Consumer => End::Consumer,
+        Role::Tap => return tap_by(&cli, true),
+        Role::LateTap => return tap_by(&cli, false),
     };
     if let Some(path) = &cli.place.control {
         let attachment = host::connect_path(path)?;
@@ -75,7 +88,7 @@ fn main() -> Result<()> {
             |error| matches!(error, Error::Held(_)),
         )?;
         work(
-            attachment.region().ring().clone(),
+            attachment.region().ring(),
             attachment.layout(),
             cli.end,
             claimed,
@@ -92,13 +105,46 @@ fn main() -> Result<()> {
             |error| matches!(error, Error::Held(_)),
         )?;
         work(
-            device.region().ring().clone(),
+            device.region().ring(),
             device.layout(),
             cli.end,
             claimed,
             cli.seed,
         )
     }
+}
+
+/// Taps a channel by an attachment or a device that is open for reading only. The notes are written
+/// by another one.
+fn tap_by(cli: &Cli, is_first: bool) -> Result<()> {
+    if let Some(path) = &cli.place.control {
+        let reader = AttachOptions::new().access(Access::ReadOnly);
+        copy(
+            cli,
+            &reader.connect_path(path)?,
+            &host::connect_path(path)?,
+            is_first,
+        )
+    } else {
+        let path = cli.place.device.clone().unwrap_or_default();
+        let options = OpenOptions::new().cache(Cache::Same);
+        let reader = options.clone().access(Access::ReadOnly);
+        copy(cli, &reader.open(&path)?, &options.open(&path)?, is_first)
+    }
+}
+
+/// Taps a channel of the first side, and writes notes to the second one.
+fn copy(cli: &Cli, reader: &impl Side, writer: &impl Side, is_first: bool) -> Result<()> {
+    let taps = [
+        Tap::new(reader, &cli.channel)?,
+        Tap::new(reader, &cli.channel)?,
+    ];
+    let layout = writer.layout();
+    let (channel, entry) = layout.find(&cli.channel).context("no such channel")?;
+    let set = if is_first { Set::Tap } else { Set::KilledTap };
+    let notes = Notes::new(writer.region().ring().clone(), layout, channel, set);
+    let max = Capacity::of(entry).max_record() as usize;
+    tap(taps, max, &notes, cli.seed, is_first)
 }
 
 /// Opens the device by its node, or by a second node. Creates the second node each time, because
@@ -133,7 +179,7 @@ fn insist<T, X>(attempt: impl Fn() -> Result<T, X>, passes: impl Fn(&X) -> bool)
 
 /// Does the work of a role with the end that was claimed.
 fn work<M, E>(
-    region: region::Region<M>,
+    region: &region::Region<M>,
     layout: &Layout,
     role: Role,
     (channel, mut events): (usize, E),
@@ -143,26 +189,32 @@ where
     M: std::ops::Deref<Target = [AtomicU64]> + Clone,
     E: Events<Error: std::error::Error + Send + Sync + 'static>,
 {
-    let notes = Notes::new(region.clone(), layout, channel);
+    let notes = Notes::new(region.clone(), layout, channel, Set::Ends);
+    let entry = &layout.channels()[channel];
+    // An end that attaches to an earlier generation sends and receives nothing.
+    let generation = || ChannelState::read(region, entry).generation;
     match role {
-        Role::Producer | Role::Overwriter => {
+        Role::Producer | Role::Dropper | Role::Overwriter => {
             let trap = Trap::new(notes.clone(), End::Producer);
             let events = Trapped::new(events, trap.clone());
-            let sender = Sender::attach(region, layout, channel, events)?;
+            let sender = Sender::attach(region.clone(), layout, channel, events)?;
+            let generation = generation();
             match role {
-                Role::Overwriter => overwrite(sender, &notes, &trap, seed),
-                _ => produce(sender, &notes, &trap, seed),
+                Role::Dropper => drop_records(sender, generation, &notes, &trap, seed),
+                Role::Overwriter => overwrite(sender, generation, &notes, &trap, seed),
+                _ => produce(sender, generation, &notes, &trap, seed),
             }
         }
         Role::Consumer => {
             let trap = Trap::new(notes.clone(), End::Consumer);
             let events = Trapped::new(events, trap.clone());
-            let receiver = Receiver::attach(region, layout, channel, events)?;
-            consume(receiver, &layout.channels()[channel], &notes, &trap, seed)
+            let receiver = Receiver::attach(region.clone(), layout, channel, events)?;
+            consume(receiver, entry, generation(), &notes, &trap, seed)
         }
         Role::Ringer => loop {
             events.ring()?;
             notes.add(Note::Rung, 1);
         },
+        Role::Tap | Role::LateTap => unreachable!("taps claim no end"),
     }
 }

@@ -1,16 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Notes that outlive a process, its guest and its QEMU: words in the region's raw window, one set
-//! for each channel. One process at a time writes each word.
+//! Notes that outlive a process, its guest and its QEMU: words in the region's raw window. A
+//! channel has a set of notes for its ends, and one for each kind of tap. One process at a time
+//! writes each word.
 
 use std::ops::Deref;
 
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::Layout;
+use barlink_protocol::wire::layout::{Layout, MAX_CHANNELS};
 use barlink_protocol::{AtomicU64, Ordering};
 
-/// Bytes between the notes of one channel and the next.
+/// Bytes between one set of notes and the next.
 const STRIDE: u64 = 256;
+
+/// The writers of a set of notes of a channel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Set {
+    /// The ends.
+    Ends,
+    /// The tap that is there from the first record on.
+    Tap,
+    /// A tap that comes later, and is killed.
+    KilledTap,
+}
 
 /// One of the words. Numbers of records count from 0.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -20,7 +32,7 @@ pub enum Note {
     /// Number of records that the producer has committed; written after the commit.
     Sent,
     /// Number after that of the last delivered record; written before the release of that record.
-    /// Of a channel that overwrites: number of records up to the last one that a tap copied.
+    /// Of a tap: number of records up to the last one that it copied.
     Delivered,
     /// Number after that of the last released record; written after the release.
     Released,
@@ -42,13 +54,21 @@ pub enum Note {
     ConsumerWoken,
     /// Number of rings that the process of the role `ringer` made.
     Rung,
-    /// Of a channel that overwrites: number of numbers that the producer has skipped; written after
-    /// the skip.
+    /// Number of numbers that the producer has skipped, or of records that it has dropped; written
+    /// afterwards.
     Skipped,
+    /// Of a channel that drops: the records that did not come to the consumer, as
+    /// [`Gaps`](crate::Gaps).
+    Gaps,
     /// Number of records that a tap has copied.
     Received,
     /// Number of dropped records that a tap has counted.
     Dropped,
+    /// One more than the generation of the last record that a tap has copied. 0 before the first
+    /// one, and after the tap has noticed a reset.
+    Generation,
+    /// Not 0 once a tap has begun.
+    Begun,
 }
 
 /// The notes of one channel.
@@ -60,10 +80,11 @@ pub struct Notes<M> {
 
 impl<M: Deref<Target = [AtomicU64]>> Notes<M> {
     /// Returns the notes of the channel with this index.
-    pub fn new(region: Region<M>, layout: &Layout, channel: usize) -> Self {
+    pub fn new(region: Region<M>, layout: &Layout, channel: usize, set: Set) -> Self {
+        let number = MAX_CHANNELS * set as usize + channel;
         Self {
             region,
-            base: layout.raw_offset + STRIDE * channel as u64,
+            base: layout.raw_offset + STRIDE * number as u64,
         }
     }
 

@@ -10,7 +10,8 @@ use anyhow::{Result, bail, ensure};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Events, Sender, Sent};
 
-use crate::{KIND, Note, Notes, Point, Random, Trap, record};
+use crate::produce::commit;
+use crate::{Note, Notes, Random, Trap, record};
 
 /// On average one record in this many is followed by a pause, so that taps keep up at times.
 const PAUSES: u64 = 4;
@@ -25,6 +26,7 @@ const SKIPPED: [u64; 2] = [2, 5];
 /// Sends until [`Note::Stop`] is set, and then a record of [`Kind::END`].
 pub fn overwrite<M, E>(
     mut sender: Sender<M, E>,
+    generation: u64,
     notes: &Notes<M>,
     trap: &Trap<M>,
     seed: u64,
@@ -49,16 +51,12 @@ where
         if random.below(PAUSES) == 0 {
             std::thread::sleep(Duration::from_micros(random.below(REST)));
         }
-        let payload = record::payload(seed, sent + skipped, max);
-        let Some(mut reservation) = sender.reserve(payload.len(), None)? else {
+        let payload = record::payload(seed, generation, sent + skipped, max);
+        let Some(reservation) = sender.reserve(payload.len(), None)? else {
             continue;
         };
-        let (first, second) = payload.split_at(payload.len() / 16 * 8);
-        reservation.write(0, first);
-        reservation.write(first.len() as u32, second);
-        trap.pass(Point::BeforeCommit);
         sent += 1;
-        trap.moving(sent, || reservation.commit(KIND, payload.len() as u32))?;
+        commit(reservation, &payload, trap, sent)?;
         if random.below(SKIPS) == 0 {
             let count = SKIPPED[0] + random.below(SKIPPED[1] - SKIPPED[0] + 1);
             sender.skip(count)?;

@@ -6,13 +6,14 @@ use std::ops::Deref;
 
 use anyhow::{Result, ensure};
 use barlink_protocol::cursor::Kind;
-use barlink_protocol::{AtomicU64, Events, Sender, stream};
+use barlink_protocol::{AtomicU64, Events, Sender, SenderReservation, stream};
 
 use crate::{KIND, Note, Notes, Pace, Point, Trap, record};
 
 /// Sends until [`Note::Stop`] is set, and then a record of [`Kind::END`].
 pub fn produce<M, E>(
     mut sender: Sender<M, E>,
+    generation: u64,
     notes: &Notes<M>,
     trap: &Trap<M>,
     seed: u64,
@@ -33,18 +34,34 @@ where
     let mut pace = Pace::new();
     while notes.read(Note::Stop) == 0 {
         pace.rest();
-        let payload = record::payload(seed, number, max);
-        let Some(mut reservation) = sender.reserve(payload.len(), None)? else {
+        let payload = record::payload(seed, generation, number, max);
+        let Some(reservation) = sender.reserve(payload.len(), None)? else {
             continue;
         };
-        let (first, second) = payload.split_at(payload.len() / 16 * 8);
-        reservation.write(0, first);
-        reservation.write(first.len() as u32, second);
-        trap.pass(Point::BeforeCommit);
         number += 1;
-        trap.moving(number, || reservation.commit(KIND, payload.len() as u32))?;
+        commit(reservation, &payload, trap, number)?;
     }
     let _ = stream::mark(&mut sender, Kind::END)?;
     notes.write(Note::Sent, number + 1);
+    Ok(())
+}
+
+/// Fills a reservation in two parts, commits it, and notes `count`. The end can die between the
+/// record's bytes and its commit.
+pub(crate) fn commit<M, E>(
+    mut reservation: SenderReservation<'_, M, E>,
+    payload: &[u8],
+    trap: &Trap<M>,
+    count: u64,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]>,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    let (first, second) = payload.split_at(payload.len() / 16 * 8);
+    reservation.write(0, first);
+    reservation.write(first.len() as u32, second);
+    trap.pass(Point::BeforeCommit);
+    trap.moving(count, || reservation.commit(KIND, payload.len() as u32))?;
     Ok(())
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The content of a record: a checksum of the rest, the record's number, and bytes whose count and
-//! values follow from the seed and the number.
+//! The content of a record: a checksum of the rest, the record's number, the channel's generation,
+//! and bytes whose count and values follow from the seed and these two numbers.
 
 use crate::Random;
 
-/// Bytes before the content: checksum and number, 8 each.
-const HEAD: usize = 16;
+/// Bytes before the content: checksum, number and generation, 8 each.
+const HEAD: usize = 24;
 /// Largest content of most records, in bytes.
 const USUAL: u64 = 500;
 /// On average one record in this many has any size that the channel carries.
@@ -22,9 +22,9 @@ pub enum Fault {
 }
 
 /// Returns the payload of a record, in a channel that carries `max` bytes. `max` must be at least
-/// 16.
-pub fn payload(seed: u64, number: u64, max: usize) -> Vec<u8> {
-    let mut random = Random::of(seed, number);
+/// 24.
+pub fn payload(seed: u64, generation: u64, number: u64, max: usize) -> Vec<u8> {
+    let mut random = Random::of(Random::of(seed, generation).next(), number);
     let most = max - HEAD;
     let most = match random.below(LARGE) {
         0 => most,
@@ -34,6 +34,7 @@ pub fn payload(seed: u64, number: u64, max: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length + 8);
     bytes.extend([0; 8]);
     bytes.extend(number.to_le_bytes());
+    bytes.extend(generation.to_le_bytes());
     while bytes.len() < length {
         bytes.extend(random.next().to_le_bytes());
     }
@@ -43,9 +44,21 @@ pub fn payload(seed: u64, number: u64, max: usize) -> Vec<u8> {
     bytes
 }
 
-/// Compares a payload with that of the record with this number.
-pub fn check(bytes: &[u8], seed: u64, number: u64, max: usize) -> Result<(), Fault> {
-    if bytes == payload(seed, number, max) {
+/// Returns the generation that a payload names, if it is long enough.
+pub fn generation(bytes: &[u8]) -> Option<u64> {
+    let word = bytes.get(16..24)?.try_into();
+    word.ok().map(u64::from_le_bytes)
+}
+
+/// Compares a payload with that of the record of this generation and number.
+pub fn check(
+    bytes: &[u8],
+    seed: u64,
+    generation: u64,
+    number: u64,
+    max: usize,
+) -> Result<(), Fault> {
+    if bytes == payload(seed, generation, number, max) {
         return Ok(());
     }
     match bytes.split_first_chunk() {
@@ -70,7 +83,7 @@ mod tests {
     #[test]
     fn payloads_cover_all_record_sizes() {
         let lengths: Vec<_> = (0..10_000)
-            .map(|number| payload(1, number, MAX).len())
+            .map(|number| payload(1, 0, number, MAX).len())
             .collect();
         assert!(lengths.iter().all(|length| (HEAD..=MAX).contains(length)));
         assert!(lengths.iter().any(|length| *length > MAX - 100));
@@ -80,16 +93,19 @@ mod tests {
 
     #[test]
     fn check_detects_torn_and_other_records() {
-        let good = payload(1, 7, MAX);
-        assert_eq!(check(&good, 1, 7, MAX), Ok(()));
-        assert_eq!(check(&good, 1, 8, MAX), Err(Fault::Other));
-        assert_eq!(check(&good, 2, 7, MAX), Err(Fault::Other));
-        assert_eq!(check(&good[..good.len() - 1], 1, 7, MAX), Err(Fault::Torn));
-        assert_eq!(check(&[], 1, 7, MAX), Err(Fault::Torn));
+        let good = payload(1, 2, 7, MAX);
+        let check = |bytes: &[u8], seed, number| super::check(bytes, seed, 2, number, MAX);
+        assert_eq!(check(&good, 1, 7), Ok(()));
+        assert_eq!(generation(&good), Some(2));
+        assert_eq!(check(&good, 1, 8), Err(Fault::Other));
+        assert_eq!(check(&good, 2, 7), Err(Fault::Other));
+        assert_eq!(super::check(&good, 1, 3, 7, MAX), Err(Fault::Other));
+        assert_eq!(check(&good[..good.len() - 1], 1, 7), Err(Fault::Torn));
+        assert_eq!(check(&[], 1, 7), Err(Fault::Torn));
         for index in 0..good.len() {
             let mut changed = good.clone();
             changed[index] ^= 0x10;
-            assert_eq!(check(&changed, 1, 7, MAX), Err(Fault::Torn), "byte {index}");
+            assert_eq!(check(&changed, 1, 7), Err(Fault::Torn), "byte {index}");
         }
     }
 }

@@ -10,8 +10,9 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 use barlink_crash_load::Point;
-use barlink_protocol::wire::layout::End;
+use barlink_protocol::wire::layout::{End, Policy};
 
+use super::watch::CHANNELS;
 use barlink_vm::broker::Transport;
 
 /// The side on which an end is.
@@ -23,41 +24,47 @@ pub enum Side {
     Guest,
 }
 
-/// One of the six ends.
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Host => "host",
+            Side::Guest => "guest",
+        })
+    }
+}
+
+/// One of the eight ends.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Role {
     /// The side on which it is.
     pub side: Side,
     /// Producer or consumer.
     pub end: End,
-    /// Whether its channel overwrites. Such a channel has a producer alone.
-    pub overwrites: bool,
+    /// The policy of its channel. A channel that overwrites has a producer alone.
+    pub policy: Policy,
 }
 
 impl Role {
-    /// All six ends.
-    pub const ALL: [Self; 6] = [
-        Self::new(Side::Host, End::Producer),
-        Self::new(Side::Host, End::Consumer),
-        Self::new(Side::Guest, End::Producer),
-        Self::new(Side::Guest, End::Consumer),
-        Self::overwriting(Side::Host),
-        Self::overwriting(Side::Guest),
+    /// All eight ends.
+    pub const ALL: [Self; 8] = [
+        Self::new(Side::Host, End::Producer, Policy::Wait),
+        Self::new(Side::Host, End::Consumer, Policy::Wait),
+        Self::new(Side::Guest, End::Producer, Policy::Wait),
+        Self::new(Side::Guest, End::Consumer, Policy::Wait),
+        Self::new(Side::Guest, End::Producer, Policy::Drop),
+        Self::new(Side::Host, End::Consumer, Policy::Drop),
+        Self::new(Side::Host, End::Producer, Policy::Overwrite),
+        Self::new(Side::Guest, End::Producer, Policy::Overwrite),
     ];
 
-    const fn new(side: Side, end: End) -> Self {
-        Self {
-            side,
-            end,
-            overwrites: false,
-        }
+    /// Returns an end.
+    pub const fn new(side: Side, end: End, policy: Policy) -> Self {
+        Self { side, end, policy }
     }
 
-    const fn overwriting(side: Side) -> Self {
-        Self {
-            overwrites: true,
-            ..Self::new(side, End::Producer)
-        }
+    /// Returns whether its channel overwrites.
+    pub fn overwrites(self) -> bool {
+        self.policy == Policy::Overwrite
     }
 
     /// Returns the other end of its channel.
@@ -69,23 +76,24 @@ impl Role {
 
     /// Returns the name of its channel.
     pub fn channel(self) -> &'static str {
-        match (self.side, self.end) {
-            (Side::Host, _) if self.overwrites => "newest-down",
-            (Side::Guest, _) if self.overwrites => "newest-up",
-            (Side::Host, End::Producer) | (Side::Guest, End::Consumer) => "down",
-            (Side::Guest, End::Producer) | (Side::Host, End::Consumer) => "up",
+        match (self.policy, self.side, self.end) {
+            (Policy::Overwrite, Side::Host, _) => "newest-down",
+            (Policy::Overwrite, Side::Guest, _) => "newest-up",
+            (Policy::Drop, ..) => "dropping-up",
+            (_, Side::Host, End::Producer) | (_, Side::Guest, End::Consumer) => "down",
+            (_, Side::Guest, End::Producer) | (_, Side::Host, End::Consumer) => "up",
         }
     }
 }
 
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let side = match self.side {
-            Side::Host => "host",
-            Side::Guest => "guest",
+        let policy = match self.policy {
+            Policy::Wait => "",
+            Policy::Drop => "dropping ",
+            Policy::Overwrite => "overwriting ",
         };
-        let overwriting = if self.overwrites { "overwriting " } else { "" };
-        write!(f, "{side} {overwriting}{}", self.end)
+        write!(f, "{} {policy}{}", self.side, self.end)
     }
 }
 
@@ -110,11 +118,19 @@ pub enum Fault {
     GuestReset,
     /// QEMU is killed, and another QEMU is booted.
     QemuKilled,
+    /// A tap of any channel is killed.
+    TapKilled(Side),
+    /// A channel is reset while its ends hold it. They end, and others begin.
+    ChannelReset(&'static str),
+    /// A channel is added, and carries records.
+    ChannelAdded,
     /// The broker is killed, and started again by its service manager.
     BrokerKilled,
     /// The broker is killed, then this end, which is on the host, and the service manager starts
     /// the broker again.
     BrokerAndEndKilled(Role),
+    /// The broker is killed while it adds a channel, and started again by its service manager.
+    BrokerKilledAmidAdding,
     /// Another broker takes over.
     BrokerReplaced,
     /// The broker is killed, and started again by its service manager, while the guest rings
@@ -154,6 +170,7 @@ impl Fault {
                 Self::BrokerKilled
                 | Self::BrokerAndEndKilled(_)
                 | Self::BrokerReplaced
+                | Self::BrokerKilledAmidAdding
                 | Self::BrokerKilledAmidRings
                 | Self::BrokerReplacedAmidRings,
                 Transport::VhostUser,
@@ -168,7 +185,7 @@ impl Fault {
         for role in Role::ALL {
             let points: &[Point] = match role.end {
                 // It never rings.
-                End::Producer if role.overwrites => &[Point::BeforeCommit],
+                End::Producer if role.overwrites() => &[Point::BeforeCommit],
                 End::Producer => &[Point::BeforeCommit, Point::BeforeRing],
                 End::Consumer => &[
                     Point::BeforeDelivery,
@@ -182,12 +199,16 @@ impl Fault {
         for role in Role::ALL {
             if role.side == Side::Host {
                 all.push(Self::BrokerAndEndKilled(role));
-                if !role.overwrites {
+                if !role.overwrites() {
                     all.push(Self::BothKilled(role));
                 }
             }
         }
+        all.extend(CHANNELS.map(Self::ChannelReset));
         all.extend([
+            Self::TapKilled(Side::Host),
+            Self::TapKilled(Side::Guest),
+            Self::ChannelAdded,
             Self::DriverReloaded,
             Self::DeviceUnbound,
             Self::DeviceUnplugged,
@@ -195,6 +216,7 @@ impl Fault {
             Self::GuestReset,
             Self::QemuKilled,
             Self::BrokerKilled,
+            Self::BrokerKilledAmidAdding,
             Self::BrokerReplaced,
             Self::BrokerKilledAmidRings,
             Self::BrokerReplacedAmidRings,
@@ -223,7 +245,10 @@ impl Fault {
     pub fn kills_broker(self) -> bool {
         matches!(
             self,
-            Self::BrokerKilled | Self::BrokerAndEndKilled(_) | Self::BrokerKilledAmidRings
+            Self::BrokerKilled
+                | Self::BrokerAndEndKilled(_)
+                | Self::BrokerKilledAmidAdding
+                | Self::BrokerKilledAmidRings
         )
     }
 
@@ -234,7 +259,11 @@ impl Fault {
             Self::KilledAt(_, Point::BeforeRelease) => 1..=1,
             Self::KilledAt(..)
             | Self::GuestSuspended
+            | Self::TapKilled(_)
+            | Self::ChannelReset(_)
+            | Self::ChannelAdded
             | Self::BrokerKilled
+            | Self::BrokerKilledAmidAdding
             | Self::BrokerReplaced
             | Self::BrokerKilledAmidRings
             | Self::BrokerReplacedAmidRings => 0..=0,
@@ -272,7 +301,11 @@ impl fmt::Display for Fault {
             Self::GuestSuspended => "guest suspended and resumed",
             Self::GuestReset => "guest reset",
             Self::QemuKilled => "QEMU killed and booted",
+            Self::TapKilled(side) => return write!(f, "{side} tap killed"),
+            Self::ChannelReset(channel) => return write!(f, "`{channel}` reset by force"),
+            Self::ChannelAdded => "channel added",
             Self::BrokerKilled => "broker killed and started",
+            Self::BrokerKilledAmidAdding => "broker killed while it adds a channel",
             Self::BrokerReplaced => "broker replaced",
             Self::BrokerKilledAmidRings => "broker killed and started amid rings",
             Self::BrokerReplacedAmidRings => "broker replaced amid rings",

@@ -113,6 +113,10 @@ impl Scene<'_> {
                 self.is_as_before(&roll)?;
                 Ok(start.elapsed())
             }
+            Fault::TapKilled(side) => self.kill_tap(side),
+            Fault::ChannelReset(channel) => self.reset_by_force(channel),
+            Fault::ChannelAdded => self.add_channel(),
+            Fault::BrokerKilledAmidAdding => self.kill_amid_adding(),
             Fault::BrokerKilledAmidRings => self.amid_rings(KILLS, |broker| {
                 broker.kill()?;
                 broker.start_again()
@@ -134,7 +138,7 @@ impl Scene<'_> {
         self.wait_until_rings_go()?;
         let mut longest = Duration::ZERO;
         for _ in 0..times {
-            thread::sleep(MOMENT.mul_f64(self.random.below(1000) as f64 / 1000.0));
+            thread::sleep(self.moment(MOMENT));
             let start = Instant::now();
             change(&mut self.broker)?;
             self.wait_until_rings_go()?;
@@ -171,7 +175,7 @@ impl Scene<'_> {
             End::Producer => Note::ProducerTrap,
             End::Consumer => Note::ConsumerTrap,
         };
-        let notes = self.watch().notes(role.channel())?.clone();
+        let notes = self.watch().channel(role.channel())?.notes.clone();
         notes.write(note, point as u64);
         let start = Instant::now();
         while notes.read(note) != 0 {
@@ -229,7 +233,7 @@ impl Scene<'_> {
 
     /// Returns the slots and claims as the broker reports them to a new host app. Checks that the
     /// VM and all ends on the host are there.
-    fn roll(&self) -> Result<Value> {
+    pub(super) fn roll(&self) -> Result<Value> {
         let status = self.broker.inspect()?["broker"].take();
         let roll = json!({ "slots": status["slots"], "claims": status["claims"] });
         let claims = roll["claims"].as_array().map(Vec::len);
@@ -242,7 +246,7 @@ impl Scene<'_> {
 
     /// Returns an error unless the broker knows all that its predecessor knew, and the streams
     /// flow.
-    fn is_as_before(&mut self, roll: &Value) -> Result<()> {
+    pub(super) fn is_as_before(&mut self, roll: &Value) -> Result<()> {
         let now = self.roll()?;
         ensure!(now == *roll, "who is there changed: {roll} and {now}");
         self.wait_until_all_flow()

@@ -9,10 +9,17 @@
 //! which would hide missing rings. So a round is over only once rings have woken every end. From
 //! then on only rings wake an end, and a lost ring shows as a stream that stands still.
 //!
-//! Two further channels, one from each side, overwrite. Their producers are killed, too, and skip
-//! numbers at times. Taps on the host copy what they can. The records that a tap has received and
-//! missed must be those that were sent, the records that it counts as dropped the numbers that were
-//! skipped, and the newest record must be there while its producer is dead.
+//! A third channel drops. Two further channels, one from each side, overwrite. Their producers are
+//! killed, too, and those of the latter skip numbers at times. The newest record of these must be
+//! there while its producer is dead.
+//!
+//! Each channel has a tap, a process on the host that is never killed. The records that it has
+//! received and missed must be those that were sent, and the records that it counts as dropped
+//! those that were dropped or skipped. Further taps are killed.
+//!
+//! Channels are reset by force. Records name their generation, so that no record of a former one
+//! counts as delivered. Records that were in the channel at the reset are counted as discarded.
+//! Channels are added, and must carry records at once.
 //!
 //! Over vfio-user the broker forwards every ring. So over vfio-user the broker is also killed and
 //! replaced while the guest rings without a pause. QEMU may wait for an answer in vain only if the
@@ -21,12 +28,14 @@
 //! | file | its one job |
 //! |---|---|
 //! | `fault.rs` | the kinds of fault |
-//! | `scene.rs` | the broker, the VM, the six ends and the taps, and waiting for them |
+//! | `scene.rs` | the broker, the VM, the eight ends and the taps, and waiting for them |
 //! | `inflict.rs` | causing a fault, and the recovery after it |
-//! | `worker.rs` | one end: a process on the host or in the guest |
+//! | `channels.rs` | the faults of taps and channels |
+//! | `worker.rs` | one end or tap: a process on the host or in the guest |
 //! | `watch.rs` | the notes and counters, as the host reads them |
 //! | `report.rs` | the table of results |
 
+mod channels;
 mod fault;
 mod inflict;
 mod report;
@@ -141,6 +150,7 @@ fn play(
         let recovery = scene.inflict(fault);
         let recovery = recovery.and_then(|time| {
             scene.wait_until_all_are_woken()?;
+            scene.wait_until_taps_follow()?;
             scene.check_kernel()?;
             scene.check_answers(fault)?;
             Ok(time)

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::fault::Fault;
-use super::watch::{Counts, Overwritten, Watch};
+use super::watch::{Counts, Resets, Tapped, Watch};
 use barlink_vm::broker::Transport;
 
 /// The results of one run: see the module.
@@ -19,7 +19,8 @@ pub struct Report {
     rounds: usize,
     rows: Vec<Row>,
     total: Counts,
-    overwritten: Overwritten,
+    tapped: Tapped,
+    resets: Resets,
     time: Duration,
     /// The error that ended the run early.
     failure: Option<String>,
@@ -49,7 +50,8 @@ impl Report {
             rounds,
             rows: faults.iter().copied().map(row).collect(),
             total: Counts::default(),
-            overwritten: Overwritten::default(),
+            tapped: Tapped::default(),
+            resets: Resets::default(),
             time: Duration::ZERO,
             failure: None,
         }
@@ -76,7 +78,8 @@ impl Report {
     pub(super) fn end(&mut self, outcome: Result<()>, watch: &Watch, time: Duration) {
         self.failure = outcome.err().map(|error| format!("{error:#}"));
         self.total += watch.counts();
-        self.overwritten += watch.overwritten();
+        self.tapped += watch.tapped();
+        self.resets += watch.resets;
         self.time += time;
     }
 
@@ -109,16 +112,26 @@ impl fmt::Display for Report {
         let faults = self.faults();
         let cells = cells(faults, &self.total, Default::default());
         writeln!(f, "{}", line("all, and between the rounds", cells))?;
-        let Overwritten {
+        let Tapped {
             sent,
             received,
             missed,
+            dropped,
             skipped,
-        } = self.overwritten;
+        } = self.tapped;
         writeln!(
             f,
-            "overwritten: {sent} records sent, of which a tap received {received} and missed \
-             {missed}; {skipped} numbers skipped"
+            "since the last reset of each channel: {sent} records sent, of which a tap received \
+             {received} and missed {missed}; {dropped} dropped, {skipped} numbers skipped"
+        )?;
+        let Resets {
+            forced,
+            discarded,
+            repeated,
+        } = self.resets;
+        writeln!(
+            f,
+            "{forced} resets by force discarded {discarded} records, {repeated} were repeated"
         )?;
         let (transport, seconds) = (self.transport, self.time.as_secs_f64());
         writeln!(f, "over {transport}, seed {}, {seconds:.0} s", self.seed)?;

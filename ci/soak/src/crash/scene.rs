@@ -1,36 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The broker, the VM, the six ends, and the taps.
+//! The broker, the VM, the eight ends, and the taps.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use barlink_crash_load::{Note, Random, tap};
+use anyhow::{Context, Result, bail, ensure};
+use barlink_crash_load::{Note, Random};
 use barlink_driver_checks::complaint;
 use barlink_protocol::wire::layout::End;
 
 use super::fault::{Fault, Role, Side};
 use super::watch::{CHANNELS, DOORBELLS, Mark, Watch};
-use super::worker::{Worker, seed_of};
+use super::worker::{Task, Worker};
 use barlink_sandbox::builds::{Artifacts, CRASH_LOAD};
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Process, Vm};
 
-/// Small channels, so that they are often full and often wrap, and a channel that is only rung.
-const ARGUMENTS: [&str; 10] = [
+/// Small channels, so that they are often full and often wrap, a channel that is only rung, and
+/// room for as many channels as the table has.
+const ARGUMENTS: [&str; 13] = [
     "--channel",
     "down=down,16K",
     "--channel",
     "up=up,16K",
+    "--channel",
+    "dropping-up=up,16K,drop",
     "--channel",
     "newest-down=down,16K,overwrite",
     "--channel",
     "newest-up=up,16K,overwrite",
     "--channel",
     "doorbells=up,4K",
+    "--reserve=432K,1",
 ];
 
 /// Number of rings that show that rings are answered: the ring that was under way, and later ones.
@@ -51,14 +53,17 @@ const UNANSWERED: &str = "timed out";
 /// The broker, the VM and the ends: see the module. The fields are dropped in this order.
 pub struct Scene<'a> {
     workers: Vec<Worker>,
-    taps: Taps,
+    /// A tap of each channel, on the host, which lives as long as this scene.
+    taps: Vec<Worker>,
     pub(super) vm: Option<Vm>,
-    watch: Watch,
+    pub(super) watch: Watch,
     pub(super) broker: Broker,
     artifacts: &'a Artifacts,
     pub(super) transport: Transport,
     seed: u64,
     pub(super) random: Random,
+    /// Number of channels that were added.
+    pub(super) added: usize,
     /// Number of times that this VM's QEMU has waited in vain for an answer.
     unanswered: usize,
     /// Whether the guest was suspended since it booted.
@@ -80,8 +85,7 @@ impl<'a> Scene<'a> {
         let watch = Watch::new(&broker)?;
         let mut scene = Self {
             workers: Vec::new(),
-            // Taps count from their beginning, so they begin before any record.
-            taps: Taps::start(&watch, seed),
+            taps: Vec::new(),
             vm: None,
             watch,
             broker,
@@ -89,9 +93,18 @@ impl<'a> Scene<'a> {
             transport,
             seed,
             random: Random::new(seed),
+            added: 0,
             unanswered: 0,
             has_slept: false,
         };
+        // Taps count from their beginning, so they begin before any record.
+        for channel in CHANNELS {
+            let tap = scene.launch(Task::Tap(Side::Host), channel)?;
+            scene.taps.push(tap);
+        }
+        scene.wait_until("the taps do not begin", |scene| {
+            Ok(scene.watch.have_taps_begun())
+        })?;
         scene.boot()?;
         for role in Role::ALL {
             scene.start(role)?;
@@ -111,7 +124,8 @@ impl<'a> Scene<'a> {
 
     /// Returns one of the ends.
     pub fn worker(&mut self, role: Role) -> Result<&mut Worker> {
-        let worker = self.workers.iter_mut().find(|worker| worker.role == role);
+        let task = Task::End(role);
+        let worker = self.workers.iter_mut().find(|worker| worker.task == task);
         worker.with_context(|| format!("there is no {role}"))
     }
 
@@ -144,11 +158,22 @@ impl<'a> Scene<'a> {
 
     /// Starts an end, and drops the worker that had this role before.
     pub fn start(&mut self, role: Role) -> Result<()> {
-        self.workers.retain(|worker| worker.role != role);
-        let vm = self.vm.as_ref();
-        let worker = Worker::start(role, self.artifacts, &self.broker, vm, self.seed)?;
+        self.dismiss(role);
+        let worker = self.launch(Task::End(role), role.channel())?;
         self.workers.push(worker);
         Ok(())
+    }
+
+    /// Starts a process that is none of the scene's own.
+    pub fn launch(&self, task: Task, channel: &str) -> Result<Worker> {
+        let vm = self.vm.as_ref();
+        Worker::start(task, channel, self.artifacts, &self.broker, vm, self.seed)
+    }
+
+    /// Drops the worker of a role that has ended, so that no process of this role is to go on.
+    pub fn dismiss(&mut self, role: Role) {
+        let task = Task::End(role);
+        self.workers.retain(|worker| worker.task != task);
     }
 
     /// Starts a process in the guest that rings the host without a pause, until it is killed.
@@ -180,11 +205,10 @@ impl<'a> Scene<'a> {
     /// Waits until a tap has copied the newest record of a producer that was killed. The record
     /// stays until the next producer commits one.
     pub fn wait_for_newest(&mut self, role: Role) -> Result<()> {
-        if !role.overwrites {
+        if !role.overwrites() {
             return Ok(());
         }
-        // No process of this role is to go on meanwhile.
-        self.workers.retain(|worker| worker.role != role);
+        self.dismiss(role);
         self.wait_until("the newest record is not found", |scene| {
             Ok(scene.watch.is_at_newest(role.channel()))
         })
@@ -200,6 +224,14 @@ impl<'a> Scene<'a> {
     /// Waits until new records come through in both directions.
     pub fn wait_until_all_flow(&mut self) -> Result<()> {
         self.wait_beyond(&self.watch.mark(&CHANNELS))
+    }
+
+    /// Waits until the tap of each channel has copied a new record.
+    pub fn wait_until_taps_follow(&mut self) -> Result<()> {
+        let mark = self.watch.mark(&CHANNELS);
+        self.wait_until("a tap stands still", |scene| {
+            Ok(scene.watch.is_tapped_beyond(&mark))
+        })
     }
 
     /// Waits until rings have woken every end.
@@ -233,9 +265,8 @@ impl<'a> Scene<'a> {
     }
 
     /// Returns an error if an end or a tap has ended, because none does so by itself.
-    fn check_workers(&mut self) -> Result<()> {
-        self.taps.check()?;
-        for worker in &mut self.workers {
+    pub fn check_workers(&mut self) -> Result<()> {
+        for worker in self.workers.iter_mut().chain(&mut self.taps) {
             if worker.has_ended()? {
                 let ended = worker.wait()?;
                 bail!("{}; {}", worker.describe(&ended), self.watch.describe());
@@ -278,64 +309,14 @@ impl<'a> Scene<'a> {
     pub fn finish(&mut self) -> Result<()> {
         self.wait_until_all_flow()?;
         for channel in CHANNELS {
-            self.watch.notes(channel)?.write(Note::Stop, 1);
+            self.watch.channel(channel)?.notes.write(Note::Stop, 1);
         }
-        for end in [End::Producer, End::Consumer] {
-            for worker in &mut self.workers {
-                if worker.role.end == end {
-                    worker.wait_done().with_context(|| self.watch.describe())?;
-                }
-            }
+        let (producers, consumers): (Vec<_>, Vec<_>) = self.workers.iter_mut().partition(
+            |worker| matches!(worker.task, Task::End(role) if role.end == End::Producer),
+        );
+        for worker in producers.into_iter().chain(consumers).chain(&mut self.taps) {
+            worker.wait_done().with_context(|| self.watch.describe())?;
         }
-        self.wait_until("the taps do not end", |scene| Ok(scene.taps.have_ended()))?;
-        self.taps.check()?;
         self.watch.check_totals()
-    }
-}
-
-/// Threads with taps of the channels that overwrite. They end with their channels' streams, or when
-/// this is dropped.
-struct Taps {
-    threads: Vec<(&'static str, Option<JoinHandle<Result<()>>>)>,
-    are_over: Arc<AtomicBool>,
-}
-
-impl Taps {
-    fn start(watch: &Watch, seed: u64) -> Self {
-        let are_over = Arc::new(AtomicBool::new(false));
-        let start = |(name, entry, notes)| {
-            let (region, are_over) = (watch.region(), Arc::clone(&are_over));
-            let seed = seed_of(name, seed);
-            let is_over = move || are_over.load(Ordering::Relaxed);
-            let work = move || tap(&region, &entry, &notes, seed, is_over);
-            (name, Some(thread::spawn(work)))
-        };
-        Self {
-            threads: watch.overwriting().map(start).collect(),
-            are_over,
-        }
-    }
-
-    fn have_ended(&self) -> bool {
-        let ended = |thread: &JoinHandle<_>| thread.is_finished();
-        let mut threads = self.threads.iter();
-        threads.all(|(_, thread)| thread.as_ref().is_none_or(ended))
-    }
-
-    /// Returns the error of a thread that has ended with one.
-    fn check(&mut self) -> Result<()> {
-        for (name, thread) in &mut self.threads {
-            if let Some(ended) = thread.take_if(|thread| thread.is_finished()) {
-                let ended = ended.join().map_err(|_| anyhow!("a tap panicked"))?;
-                ended.with_context(|| format!("the taps of {name}"))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Taps {
-    fn drop(&mut self) {
-        self.are_over.store(true, Ordering::Relaxed);
     }
 }
