@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A region with one channel, and the writes of that channel's other side.
+//! A region with one channel, and the deeds of that channel's other side.
 
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::LazyLock;
 
-use barlink_protocol::cursor::Kind;
+use barlink_protocol::cursor::{Header, Kind, span};
 use barlink_protocol::region::Region;
 use barlink_protocol::wire::layout::{
     BROKER_PAGE, Channel, End, FIRST_FREE, Layout, NO_PEER, Name, PAGE_SIZE, Policy, channel,
     presence,
 };
-use barlink_protocol::{Consumer, Producer};
+use barlink_protocol::{AtomicU64, Consumer, Producer, state};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
 use crate::memory::{Memory, Words};
@@ -24,6 +25,8 @@ pub const SIZE: u64 = 32 << 10;
 /// that an access beyond it is noticed.
 pub const MAPPABLE: u64 = SIZE - PAGE_SIZE;
 
+/// First length of [`Deed::Produce`] that means a lap. No record is as long.
+const LAP: u16 = 1 << 15;
 /// Byte offset of the channel.
 const BASE: u64 = MAPPABLE - CAPACITY - channel::DATA;
 
@@ -51,11 +54,32 @@ fn layout(policy: Policy) -> Layout {
     Layout::new(SIZE, 1, 1, FIRST_FREE, 0, &[channel]).expect("a layout")
 }
 
+/// A deed of the other side, and its time.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub struct Timed {
+    /// Number of looks between the deed before and this one.
+    wait: u8,
+    /// The deed.
+    pub deed: Deed,
+}
+
+/// A deed of the other side, from the input.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+pub enum Deed {
+    /// Writes a word.
+    Scribble(Scribble),
+    /// Sends a record of this length, as an honest producer does. From [`LAP`] on, sends records of
+    /// the length above that, until they have gone once around the channel.
+    Produce(u16),
+    /// Releases a record, as an honest consumer does.
+    Consume,
+    /// Resets the channel, as the broker does.
+    Reset,
+}
+
 /// A write of the other side, from the input.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Scribble {
-    /// Number of looks between the scribble before and this one.
-    wait: u8,
     place: Place,
     what: What,
 }
@@ -177,21 +201,47 @@ impl Stand {
     }
 }
 
+impl Deed {
+    fn perform(self, words: Words, layout: &Layout) {
+        // The other side's own looks are none of the end that is fuzzed.
+        let region = Region::new(words);
+        match self {
+            Deed::Scribble(scribble) => scribble.apply(words),
+            Deed::Produce(length) => match length.checked_sub(LAP) {
+                Some(length) => {
+                    let records = CAPACITY / span(length.into());
+                    (0..=records).for_each(|_| produce(&region, layout, length));
+                }
+                None => produce(&region, layout, length),
+            },
+            Deed::Consume => consume(&region),
+            Deed::Reset => {
+                let _ = state::reset(&region, &layout.channels()[0], 0, || true, |_| ());
+            }
+        }
+    }
+}
+
 /// Creates `size` bytes of the region, and the other side. Before each look that side calls
-/// `always` and writes the scribbles that are due.
-pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory, Region<Memory>) {
-    let mut scribbles = VecDeque::from(scribbles);
+/// `always`, and performs the deeds that are due.
+pub fn region(
+    size: u64,
+    layout: &'static Layout,
+    deeds: Vec<Timed>,
+    always: fn(Words),
+) -> (Memory, Region<Memory>) {
+    let mut deeds = VecDeque::from(deeds);
     let mut waited = 0;
     let other = move |words| {
         always(words);
-        while let Some(next) = scribbles.front() {
+        while let Some(next) = deeds.front() {
             if waited < next.wait {
                 waited += 1;
                 return;
             }
             waited = 0;
-            next.apply(words);
-            scribbles.pop_front();
+            next.deed.perform(words, layout);
+            deeds.pop_front();
         }
     };
     let memory = Memory::new(size as usize, Box::new(other));
@@ -199,18 +249,38 @@ pub fn region(size: u64, scribbles: Vec<Scribble>, always: fn(Words)) -> (Memory
 }
 
 /// Sends a record like an honest producer of the channel of a layout, if the channel is not corrupt
-/// and has room.
-pub fn produce(region: &Region<Memory>, layout: &Layout, length: u16) {
-    if let Ok(mut producer) = Producer::attach(region.clone(), &layout.channels()[0])
-        && let Ok(room) = producer.reserve(length.into())
-    {
-        let length = room.length();
-        let _ = room.commit(Kind::USER, length, 0);
+/// and has room. [`is_as_sent`] knows the payload.
+pub fn produce<M>(region: &Region<M>, layout: &Layout, length: u16)
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+{
+    if let Ok(mut producer) = Producer::attach(region.clone(), &layout.channels()[0]) {
+        let generation = region.load(BASE + channel::GENERATION);
+        let byte = filler(producer.sequence(), generation);
+        if let Ok(mut room) = producer.reserve(length.into()) {
+            room.write(0, &vec![byte; length.into()]);
+            let _ = room.commit(Kind::USER, length.into(), 0);
+        }
     }
 }
 
+/// Returns whether a payload is the one that [`produce`] sends with this header in the channel's
+/// present generation.
+pub fn is_as_sent(words: Words, header: &Header, payload: &[u8]) -> bool {
+    let byte = filler(header.sequence, words.load(BASE + channel::GENERATION));
+    payload.iter().all(|found| *found == byte)
+}
+
+/// Returns the byte that fills a record.
+fn filler(sequence: u64, generation: u64) -> u8 {
+    sequence.wrapping_add(generation) as u8
+}
+
 /// Releases a record like an honest consumer, if the channel is not corrupt and has one.
-pub fn consume(region: &Region<Memory>) {
+pub fn consume<M>(region: &Region<M>)
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+{
     if let Ok(mut consumer) = Consumer::attach(region.clone(), &LAYOUT.channels()[0])
         && consumer.poll() == Ok(true)
     {

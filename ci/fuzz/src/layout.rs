@@ -5,8 +5,9 @@
 use std::ops::Range;
 
 use barlink_protocol::wire::layout::{
-    BrokerName, Channel, End, FIRST_FREE, Layout, MAX_CHANNELS, MAX_REGION_SIZE, MAX_SLOTS,
-    MAX_VECTORS, MIN_CAPACITY, NO_PEER, Name, PAGE_SIZE, Policy,
+    BrokerName, Channel, ENTRY_WORDS, End, FIRST_FREE, Identity, Instance, Layout, MAX_CHANNELS,
+    MAX_REGION_SIZE, MAX_SLOTS, MAX_VECTORS, MIN_CAPACITY, NO_PEER, Name, PAGE_SIZE, Policy,
+    encode_entry,
 };
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 
@@ -71,10 +72,16 @@ pub struct LayoutInput {
     shift: u8,
     slots: u8,
     vectors: u8,
+    /// Pages left out before the raw window, and its size in pages.
     raw: (u8, u8),
+    /// Pages left out before the reserve, and its size in pages; none for no reserve.
+    reserve: Option<(u8, u8)>,
+    name: u8,
+    instance: u8,
     channels: Vec<ChannelInput>,
 }
 
+/// A channel from the input, which may be invalid.
 #[derive(Arbitrary, Debug)]
 struct ChannelInput {
     name: u8,
@@ -86,32 +93,86 @@ struct ChannelInput {
     shift: u8,
 }
 
+impl ChannelInput {
+    /// Returns the channel, with its place counted from an offset.
+    fn build(&self, free: u64) -> Option<Channel> {
+        let gap = PAGE_SIZE.wrapping_mul(i64::from(self.gap) as u64);
+        Some(Channel {
+            name: Name::new(&format!("channel-{}", self.name))?,
+            producer: self.peers.0.into(),
+            consumer: match self.peers.1 {
+                u8::MAX => NO_PEER,
+                peer => peer.into(),
+            },
+            vector: self.vector.into(),
+            policy: Policy::from_number((self.policy % 3).into())?,
+            offset: free.wrapping_add(gap),
+            capacity: 1 << (self.shift % 64),
+        })
+    }
+}
+
 impl LayoutInput {
     /// Returns the layout, if it is valid.
     pub fn build(&self) -> Option<Layout> {
         let mut free = FIRST_FREE;
         let mut channels = Vec::new();
         for input in &self.channels {
-            let gap = PAGE_SIZE.wrapping_mul(i64::from(input.gap) as u64);
-            let channel = Channel {
-                name: Name::new(&format!("channel-{}", input.name))?,
-                producer: input.peers.0.into(),
-                consumer: match input.peers.1 {
-                    u8::MAX => NO_PEER,
-                    peer => peer.into(),
-                },
-                vector: input.vector.into(),
-                policy: Policy::from_number((input.policy % 3).into())?,
-                offset: free.wrapping_add(gap),
-                capacity: 1 << (input.shift % 64),
-            };
-            free = (channel.offset.wrapping_add(PAGE_SIZE)).wrapping_add(channel.capacity);
+            let channel = input.build(free)?;
+            free = behind(&channel);
             channels.push(channel);
         }
         let raw = free.wrapping_add(PAGE_SIZE * u64::from(self.raw.0));
         let raw_size = PAGE_SIZE * u64::from(self.raw.1);
         let size = 1u64.checked_shl(self.shift.into())?;
         let [slots, vectors] = [self.slots, self.vectors].map(u32::from);
-        Layout::new(size, slots, vectors, raw, raw_size, &channels).ok()
+        let layout = Layout::new(size, slots, vectors, raw, raw_size, &channels).ok()?;
+        let name = match self.name {
+            0 => BrokerName::default(),
+            name => BrokerName::new(&format!("vm-{name}"))?,
+        };
+        let instance = Instance::new([self.instance; 16]);
+        let layout = layout.with_identity(Identity { name, instance });
+        match self.reserve {
+            Some((gap, pages)) => {
+                let offset = raw + raw_size + PAGE_SIZE * u64::from(gap);
+                layout
+                    .with_reserve(offset, PAGE_SIZE * u64::from(pages))
+                    .ok()
+            }
+            None => Some(layout),
+        }
     }
+}
+
+/// Returns the offset behind a channel.
+fn behind(channel: &Channel) -> u64 {
+    (channel.offset.wrapping_add(PAGE_SIZE)).wrapping_add(channel.capacity)
+}
+
+/// A new entry of a channel table from the input, which may be invalid.
+#[derive(Arbitrary, Debug)]
+pub struct EntryInput {
+    channel: ChannelInput,
+    /// A word that is written over the entry.
+    patch: Option<(u8, u64)>,
+}
+
+/// Returns the words of new entries, whose channels lie one behind the other in the free part of
+/// the layout's reserve.
+pub fn entries(layout: &Layout, inputs: &[EntryInput]) -> Vec<[u64; ENTRY_WORDS]> {
+    let mut free = layout.room().0;
+    let mut entries = Vec::new();
+    for input in inputs {
+        let Some(channel) = input.channel.build(free) else {
+            break;
+        };
+        free = behind(&channel);
+        let mut words = encode_entry(&channel);
+        if let Some((word, value)) = input.patch {
+            words[usize::from(word) % ENTRY_WORDS] = value;
+        }
+        entries.push(words);
+    }
+    entries
 }

@@ -41,6 +41,14 @@ struct Inner {
 #[derive(Clone, Copy)]
 pub struct Words(&'static [AtomicU64]);
 
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    fn deref(&self) -> &[AtomicU64] {
+        self.0
+    }
+}
+
 impl Words {
     /// Returns the size in bytes.
     pub fn size(self) -> u64 {

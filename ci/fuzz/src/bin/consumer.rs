@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Fuzzes a consumer whose producer writes any words at any time.
+//! Fuzzes a consumer whose producer writes any words at any time. From an honest producer all
+//! records come whole and in order.
 #![no_main]
 
 use std::fs::File;
@@ -20,7 +21,7 @@ const LOOKS: u64 = 16;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    scribbles: Vec<Scribble>,
+    deeds: Vec<Timed>,
     steps: Vec<Step>,
 }
 
@@ -39,14 +40,26 @@ enum Step {
     Count,
 }
 
+impl Input {
+    /// Returns whether no word is written but by the consumer and an honest producer.
+    fn is_honest(&self) -> bool {
+        let mut deeds = self.deeds.iter();
+        let mut steps = self.steps.iter();
+        deeds.all(|timed| matches!(timed.deed, Deed::Produce(_)))
+            && steps.all(|step| !matches!(step, Step::Scribble(_) | Step::Stand(_)))
+    }
+}
+
 fuzz_target!(|input: Input| {
     static NOWHERE: LazyLock<File> =
         LazyLock::new(|| File::create("/dev/null").expect("/dev/null"));
+    let is_honest = input.is_honest();
     let channel = &LAYOUT.channels()[0];
-    let (memory, region) = region(MAPPABLE, input.scribbles, |_| ());
+    let (memory, region) = region(MAPPABLE, &LAYOUT, input.deeds, |_| ());
     let mut consumer = None;
     let mut found: Option<Header> = None;
     let mut position = None;
+    let mut released = 0;
     for step in input.steps {
         match step {
             Step::Produce(length) => produce(&region, &LAYOUT, length),
@@ -56,6 +69,7 @@ fuzz_target!(|input: Input| {
                 consumer = memory
                     .within(LOOKS, || Consumer::attach(region.clone(), channel))
                     .ok();
+                assert!(consumer.is_some() || !is_honest);
                 (found, position) = (None, None);
             }
             Step::Poll | Step::Arm => {
@@ -66,6 +80,7 @@ fuzz_target!(|input: Input| {
                 });
                 let header = end.record().map(|record| *record.header());
                 assert!(found.is_none() || found == header, "a record changed");
+                assert!(polled.is_ok() || !is_honest);
                 // An app that goes on after an error must come to no harm.
                 assert_eq!(polled.unwrap_or(false), header.is_some());
                 found = header;
@@ -73,6 +88,11 @@ fuzz_target!(|input: Input| {
                     // All bytes of the record can be copied.
                     let mut bytes = vec![0; record.length()];
                     memory.within(LOOKS, || record.copy_to(0, &mut bytes));
+                    if is_honest {
+                        let header = record.header();
+                        assert_eq!(header.sequence, released, "a record is out of order");
+                        assert!(is_as_sent(memory.words(), header, &bytes), "a torn record");
+                    }
                 }
             }
             Step::Copy { words, buffer } => {
@@ -101,10 +121,12 @@ fuzz_target!(|input: Input| {
             }
             Step::Release => {
                 let Some(end) = &mut consumer else { continue };
-                let _ = memory.within(LOOKS, || memory.quietly(|| end.release()));
+                let result = memory.within(LOOKS, || memory.quietly(|| end.release()));
                 if let Some(header) = found.take() {
                     check(header);
-                    position = Some(advanced(&memory, position));
+                    // After a reset the cursor is the broker's.
+                    position = result.is_ok().then(|| advanced(&memory, position));
+                    released += 1;
                 }
                 assert!(end.record().is_none());
             }

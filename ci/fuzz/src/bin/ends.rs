@@ -14,6 +14,7 @@ use barlink_fuzz::events::{Over, Plan, Played};
 use barlink_fuzz::memory::{Memory, Words};
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::stream::{self, Accept, Position, StreamError};
+use barlink_protocol::wire::layout::Layout;
 use barlink_protocol::{ChannelError, Receiver, Sender, Wakeup};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -30,7 +31,7 @@ struct Input {
     flaps: bool,
     sender: Plan,
     receiver: Plan,
-    scribbles: Vec<Scribble>,
+    deeds: Vec<Timed>,
     steps: Vec<Step>,
 }
 
@@ -55,13 +56,13 @@ type Ends = (
 fuzz_target!(|input: Input| {
     static NOWHERE: LazyLock<File> =
         LazyLock::new(|| File::create("/dev/null").expect("/dev/null"));
-    let layout = match input.policy % 3 {
+    let layout: &'static Layout = match input.policy % 3 {
         0 => &LAYOUT,
         1 => &DROPPING,
         _ => &OVERWRITING,
     };
     let other: fn(Words) = if input.flaps { flap } else { |_| () };
-    let (memory, region) = region(SIZE, input.scribbles, other);
+    let (memory, region) = region(SIZE, layout, input.deeds, other);
     let mut ends: Ends = (
         Sender::attach(region.clone(), layout, 0, Played::new(input.sender)).ok(),
         Receiver::attach(region.clone(), layout, 0, Played::new(input.receiver)).ok(),

@@ -4,15 +4,10 @@
 //! taken new entries, and encoding and decoding are inverse.
 #![no_main]
 
-use barlink_fuzz::layout::{LayoutInput, check};
-use barlink_protocol::wire::layout::{
-    Channel, ENTRY_WORDS, FIRST_FREE, Layout, PAGE_SIZE, PAGE_WORDS, table_entry,
-};
+use barlink_fuzz::layout::{EntryInput, LayoutInput, check, entries};
+use barlink_protocol::wire::layout::{ENTRY_WORDS, Layout, PAGE_WORDS, table_entry};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-
-/// Word of an entry that has the offset of the channel.
-const OFFSET: usize = 5;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -23,12 +18,12 @@ struct Input {
     patches: Vec<(u16, u64)>,
     /// Bytes that are written over the beginning of the page.
     bytes: Vec<u8>,
-    /// The reserve: pages behind all other parts, and its size in pages.
-    reserve: (u8, u8),
-    /// Number of entries that the channel table has later.
-    count: u64,
-    /// New entries of the table: the words of each, with the offset counted from the reserve.
-    entries: Vec<[u64; ENTRY_WORDS]>,
+    /// New entries of the channel table.
+    entries: Vec<EntryInput>,
+    /// Number of the new entries that the table's count covers.
+    covered: u8,
+    /// The table's count, if it is another one.
+    count: Option<u64>,
 }
 
 fuzz_target!(|input: Input| {
@@ -39,7 +34,7 @@ fuzz_target!(|input: Input| {
         page = layout.encode();
         size = layout.region_size;
         assert_eq!(Layout::decode(&page, size), Ok(layout.clone()));
-        extend(layout, &input);
+        extend(&layout, &input);
     }
     for (word, bytes) in page.iter_mut().zip(input.bytes.chunks_exact(8)) {
         *word = bytes
@@ -62,35 +57,37 @@ fuzz_target!(|input: Input| {
     }
 });
 
-/// Gives a layout a reserve, and makes it take entries.
-fn extend(layout: Layout, input: &Input) {
-    let ends = layout.channels().iter().map(Channel::end);
-    let end = ends.chain([layout.raw_offset + layout.raw_size]).max();
-    let [gap, pages] = [input.reserve.0, input.reserve.1].map(u64::from);
-    let offset = end.unwrap_or(FIRST_FREE) + gap * PAGE_SIZE;
-    let Ok(before) = layout.with_reserve(offset, pages * PAGE_SIZE) else {
-        return;
-    };
-    check(&before);
+/// Makes a layout take entries.
+fn extend(before: &Layout, input: &Input) {
     let known = before.channels().len();
+    let entries = entries(before, &input.entries);
+    let covered = usize::from(input.covered) % (entries.len() + 2);
+    let count = input.count.unwrap_or((known + covered) as u64);
     let word = |index: usize| {
-        let place = 8 * index as u64 - table_entry(known);
-        let (entry, word) = (
-            place as usize / 8 / ENTRY_WORDS,
-            place as usize / 8 % ENTRY_WORDS,
+        let [first, end] = [known as u64, count].map(|entry| table_entry(entry as usize));
+        assert!(
+            (first..end).contains(&(8 * index as u64)),
+            "an entry that is known, or beyond the count, is looked at"
         );
-        let words = input.entries.get(entry);
-        let value = words.map_or(0, |words| words[word]);
-        match word {
-            OFFSET => value.wrapping_add(offset),
-            _ => value,
-        }
+        let place = index - first as usize / 8;
+        let words = entries.get(place / ENTRY_WORDS);
+        words.map_or(0, |words| words[place % ENTRY_WORDS])
     };
     let mut after = before.clone();
-    let taken = after.take_entries(input.count, word);
+    let taken = after.take_entries(count, word);
     check(&after);
-    assert!(after.extends(&before));
-    if taken.is_ok() {
-        assert_eq!(after.channels().len() as u64, input.count);
+    assert!(after.extends(before));
+    let all = after.channels().len() as u64;
+    match taken {
+        Ok(()) => assert_eq!(all, count),
+        Err(error) => assert!(all < count || count < known as u64, "{error}"),
     }
+    let decoded = Layout::decode(&after.encode(), after.region_size);
+    assert_eq!(decoded.as_ref(), Ok(&after));
+    let (offset, left) = after.room();
+    assert_eq!(
+        offset + left,
+        before.reserve_offset + before.reserve_size,
+        "the room has another end"
+    );
 }

@@ -1,126 +1,79 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Fuzzes a broker with packets of host apps. Each line of an input is a packet after the digit of
-//! the host app that sends it, or `g` and the bytes that a hostile driver writes to its page of the
-//! region.
+//! Fuzzes a broker with host apps, VMs and writers of its region. Each line of an input begins with
+//! a letter that says what it is:
+//!
+//! | first | rest of the line |
+//! |---|---|
+//! | `0` to `9` | a packet of the host app with this digit; none if that app leaves |
+//! | `g` | the bytes that a hostile driver writes to its page of the region |
+//! | `r` | the bytes that a program writes to the region, after the number of a word |
+//! | `v` | events of the VMs |
+//! | `c` | nothing: the region is crowded, if this is the first line |
 #![no_main]
 
-use barlink::Access;
-use barlink::control::message::{Answer, Ask, MAX_PACKET, Refusal, Reply, Request, VERSION};
-use barlink_broker::broker::{BrokerState, answer};
-use barlink_fuzz::broker::{IVSHMEM, PEER};
-use barlink_protocol::wire::layout::End;
+use barlink::control::message::{Refusal, Request, VERSION};
+use barlink_fuzz::attacked::Attacked;
+use barlink_fuzz::broker::next_descriptor;
 use libfuzzer_sys::fuzz_target;
 
 /// Most characters of a client's text that a refusal may quote.
 const MAX_QUOTE: usize = 300;
+/// Most lines of an input.
+const MAX_LINES: usize = 64;
 
 fuzz_target!(|input: &[u8]| {
-    let state = &**IVSHMEM;
-    for line in input.split(|byte| *byte == b'\n') {
-        match line.split_first() {
-            Some((digit @ b'0'..=b'9', packet)) => {
-                receive(state, u64::from(digit - b'0') + 1, packet);
+    let before = next_descriptor();
+    let lines: Vec<_> = input.split(|byte| *byte == b'\n').take(MAX_LINES).collect();
+    let mut attacked = Attacked::new(lines.first() == Some(&&b"c"[..]));
+    for (index, line) in lines.iter().enumerate() {
+        let Some((first, rest)) = line.split_first() else {
+            continue;
+        };
+        match first {
+            b'0'..=b'9' => {
+                parse(rest);
+                let following = lines[index + 1..].iter();
+                let following = following.map_while(|line| line.strip_prefix(&[*first]));
+                attacked.packet(*first, rest, following);
             }
-            Some((b'g', bytes)) => scribble(state, bytes),
+            b'g' => {
+                let mut page = [0; 512];
+                let length = rest.len().min(page.len());
+                page[..length].copy_from_slice(&rest[..length]);
+                attacked.scribble(attacked.driver_page(0), &page);
+            }
+            b'r' => {
+                if let Some(([low, high], bytes)) = rest.split_first_chunk() {
+                    let word = u64::from(u16::from_le_bytes([*low, *high]));
+                    attacked.scribble(8 * word % attacked.size(), bytes);
+                }
+            }
+            b'v' => rest.iter().for_each(|event| attacked.vm(*event)),
             _ => (),
         }
     }
-    // Restores the state for the next input.
-    (1..=10).for_each(|client| drop(state.roster.release_all(client)));
-    assert!(state.roster.claims().is_empty());
-    scribble(state, &[]);
+    drop(attacked);
+    assert_eq!(next_descriptor(), before, "a descriptor is left open");
 });
 
-/// Handles a packet like the broker, but without a socket.
-fn receive(state: &BrokerState, client: u64, packet: &[u8]) {
-    let ask = match Request::parse(packet) {
-        Ok(ask) => ask,
+/// Checks that a packet is understood as it is meant, or that the refusal quotes little of it.
+fn parse(packet: &[u8]) {
+    match Request::parse(packet) {
+        Ok(ask) => {
+            let request = Request {
+                version: VERSION,
+                ask,
+            };
+            let again = serde_json::to_vec(&request).expect("it can be asked");
+            assert_eq!(Request::parse(&again).as_ref(), Ok(&request.ask));
+        }
         Err(invalid) => {
             let refusal = Refusal::from(invalid.clone());
             for text in [invalid.to_string(), refusal.to_string()] {
-                assert!(
-                    text.chars().count() <= MAX_QUOTE && !text.contains(char::is_control),
-                    "{text}"
-                );
+                let is_short = text.chars().count() <= MAX_QUOTE;
+                assert!(is_short && !text.contains(char::is_control), "{text}");
             }
-            return tell(Answer::Refused(refusal));
         }
-    };
-    let request = Request {
-        version: VERSION,
-        ask,
-    };
-    let again = serde_json::to_vec(&request).expect("it can be asked");
-    assert_eq!(Request::parse(&again).as_ref(), Ok(&request.ask));
-    let answered = match request.ask {
-        Ask::Claim { channel, end } => claim(state, client, channel, end),
-        Ask::Release { channel, end } => {
-            let holder = holder(state, channel, end);
-            let released = state.roster.release(client, channel, end);
-            assert!(released.is_err() || holder == Some(client as u32));
-            released.map(|()| Answer::Done)
-        }
-        Ask::Reset { channel, force } => {
-            let held = [End::Producer, End::Consumer]
-                .iter()
-                .any(|end| holder(state, channel, *end).is_some());
-            let reset = state.roster.reset(&state.slots, channel, force);
-            assert!(
-                reset.is_err() || force || !held,
-                "a channel was reset under its holder"
-            );
-            reset.map(|emptied| {
-                assert!(!held || !emptied.broken.is_empty());
-                Answer::Reset {
-                    generation: emptied.generation,
-                    broken: emptied.broken,
-                }
-            })
-        }
-        ask => answer(&ask, PEER, client, state).map(|(answer, _)| answer),
-    };
-    tell(answered.unwrap_or_else(Answer::Refused));
-}
-
-fn claim(state: &BrokerState, client: u64, channel: usize, end: End) -> Result<Answer, Refusal> {
-    let before = holder(state, channel, end);
-    // The number of the client stands in for its process ID, so that clients can be told apart.
-    let claimed = state.roster.claim(client, client as u32, channel, end);
-    match claimed {
-        Ok(()) => assert!(before.is_none() && holder(state, channel, end) == Some(client as u32)),
-        Err(_) => assert_eq!(holder(state, channel, end), before),
     }
-    claimed.map(|()| Answer::Claimed)
-}
-
-fn holder(state: &BrokerState, channel: usize, end: End) -> Option<u32> {
-    let claims = state.roster.claims();
-    let mut claims = claims
-        .iter()
-        .filter(|claim| claim.channel == channel && claim.end == end);
-    let first = claims.next().map(|claim| claim.pid);
-    assert!(claims.next().is_none(), "an end has two holders");
-    first
-}
-
-/// Checks that an answer fits into a packet.
-fn tell(answer: Answer) {
-    let reply = Reply {
-        version: VERSION,
-        answer,
-    };
-    let packet = serde_json::to_vec(&reply).expect("it can be said");
-    assert!(packet.len() <= MAX_PACKET);
-}
-
-/// Writes the words of a driver: its epoch, and then the holders of the channels' ends. The rest of
-/// the page is zero.
-fn scribble(state: &BrokerState, bytes: &[u8]) {
-    let mut page = [0; 512];
-    let length = bytes.len().min(page.len());
-    page[..length].copy_from_slice(&bytes[..length]);
-    let start = state.region.layout().presence_page(0);
-    rustix::io::pwrite(state.region.memory(Access::ReadWrite), &page, start)
-        .expect("memory can be written");
 }

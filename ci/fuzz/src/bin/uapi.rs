@@ -5,13 +5,13 @@
 //! that lies completely in the mapping.
 #![no_main]
 
-use barlink_fuzz::layout::{LayoutInput, check};
+use barlink_fuzz::layout::{EntryInput, LayoutInput, check, entries};
 use barlink_fuzz::memory::{MAX_SIZE, Memory};
 use barlink_protocol::region::Region;
 use barlink_protocol::state::{self, ChannelState};
-use barlink_protocol::wire::layout::{End, PAGE_WORDS};
+use barlink_protocol::wire::layout::{End, PAGE_WORDS, TABLE_COUNT, table_entry};
 use barlink_protocol::wire::uapi::{CacheMode, Info};
-use barlink_protocol::{Consumer, PresenceWords, Producer};
+use barlink_protocol::{Consumer, PresenceWords, Producer, table};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -23,7 +23,9 @@ struct Input {
     mappable_size: (i8, u8),
     granted: u32,
     patches: Vec<(u16, u64)>,
-    /// Words that are written after the layout was read, by their offsets.
+    /// Channels that the broker adds after the layout was read.
+    entries: Vec<EntryInput>,
+    /// Words that are written after that, by their offsets.
     late: Vec<(u16, u64)>,
 }
 
@@ -62,15 +64,28 @@ fuzz_target!(|input: Input| {
     for (offset, word) in (0..region.size()).step_by(8).zip(page) {
         memory.words().store(offset, word);
     }
-    let Ok(layout) = state::read_layout(&region, info.region_size) else {
+    let Ok(mut layout) = state::read_layout(&region, info.region_size) else {
         return;
     };
     check(&layout);
+    let known = layout.channels().len();
+    let entries = entries(&layout, &input.entries);
+    let count = known + entries.len();
+    memory.words().store(TABLE_COUNT, count as u64);
+    let words = entries.as_flattened();
+    for (offset, word) in (table_entry(known)..region.size()).step_by(8).zip(words) {
+        memory.words().store(offset, *word);
+    }
     for (index, word) in input.late {
         memory
             .words()
             .store(u64::from(index) * 8 % region.size(), word);
     }
+    let before = layout.clone();
+    // A program without the driver goes on with the layout that it has after an error.
+    let _ = table::extend(&region, &mut layout);
+    check(&layout);
+    assert!(layout.extends(&before));
     for (index, channel) in layout.channels().iter().enumerate() {
         let state = ChannelState::read(&region, channel);
         assert!(
