@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use barlink_sandbox::builds::{driver, target_folder};
+use barlink_sandbox::sandbox::Enter;
 use barlink_sandbox::tools::{Headers, Tools};
 
 use super::deb::run;
@@ -70,6 +71,13 @@ impl Signer {
             certificate: certificate.canonicalize()?,
         })
     }
+
+    /// Shows a process the key as `/key` and the certificate as `/certificate`, read-only.
+    pub fn show(&self, enter: Enter) -> Enter {
+        enter
+            .show(&self.key, "/key")
+            .show(&self.certificate, "/certificate")
+    }
 }
 
 impl Modules {
@@ -94,8 +102,7 @@ impl Modules {
             )?;
             let mut enter = sandbox.enter().bind(&kernel, &kernel);
             if let Some(signer) = &self.signer {
-                enter = enter.bind(&signer.key, "/key");
-                enter = enter.bind(&signer.certificate, "/certificate");
+                enter = signer.show(enter);
             }
             let mut finish = enter.run("sh");
             finish.args(["-ec", FINISH]).arg(sandbox.headers());

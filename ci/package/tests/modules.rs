@@ -250,34 +250,56 @@ fn kernel_hooks_add_and_remove_drivers() -> Result<()> {
     Ok(())
 }
 
+/// Makes a key and its certificate in a folder, and returns their paths.
+fn make_key(folder: &Path) -> Result<[PathBuf; 2]> {
+    let [key, certificate] = ["key.pem", "key.der"].map(|name| folder.join(name));
+    let mut openssl = Command::new("openssl");
+    openssl.args("req -new -x509 -newkey rsa:2048 -nodes -outform DER".split(' '));
+    openssl.args(["-subj", "/CN=a test", "-out"]);
+    openssl.arg(&certificate).arg("-keyout").arg(&key);
+    let made = openssl.output();
+    let made = made.context("openssl cannot be started: install it")?;
+    ensure!(made.status.success(), "{made:?}");
+    Ok([key, certificate])
+}
+
+/// Splits a module into its content and its signature, a PKCS#7 message. The signature is behind
+/// the content, and before its own description (`struct module_signature` of the kernel).
+fn split(module: &[u8]) -> Result<(&[u8], &[u8])> {
+    let signed = module.strip_suffix(b"~Module signature appended~\n");
+    let (rest, description) = signed
+        .and_then(<[u8]>::split_last_chunk::<12>)
+        .context("there is no signature")?;
+    let length = u32::from_be_bytes(*description.last_chunk().context("no length")?);
+    let start = rest.len().checked_sub(length as usize);
+    Ok(rest.split_at(start.context("a long signature")?))
+}
+
+/// Checks a module's signature by a certificate, as the kernel does. Returns whether it fits.
+fn is_signed_by(certificate: &Path, module: &[u8], folder: &Path) -> Result<bool> {
+    let (content, signature) = split(module)?;
+    let at = |name: &str| folder.join(name);
+    fs::write(at("content"), content)?;
+    fs::write(at("signature"), signature)?;
+    let mut openssl = Command::new("openssl");
+    // The certificate needs no other one that signs it.
+    openssl.args("cms -verify -binary -inform DER -nointern -noverify -out /dev/null".split(' '));
+    openssl.arg("-certfile").arg(certificate);
+    openssl.arg("-in").arg(at("signature"));
+    openssl.arg("-content").arg(at("content"));
+    Ok(openssl.output()?.status.success())
+}
+
 #[test]
 fn signed_driver_names_its_signer() -> Result<()> {
     let tools = tools()?;
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
-    let mut openssl = Command::new("openssl");
-    openssl.args([
-        "req",
-        "-new",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-subj",
-        "/CN=a test",
-    ]);
-    openssl
-        .args(["-outform", "DER", "-out"])
-        .arg(at("key.der"))
-        .arg("-keyout")
-        .arg(at("key.pem"));
-    let made = openssl
-        .output()
-        .context("openssl cannot be started: install it")?;
-    ensure!(made.status.success(), "{made:?}");
+    let [key, certificate] = make_key(folder.path())?;
+    let signer = Signer::new(&key, &certificate)?;
     let modules = Modules {
         kernels: vec![tools.clone()],
-        signer: Some(Signer::new(&at("key.pem"), &at("key.der"))?),
+        signer: Some(signer.clone()),
     };
     let packages = package::build(&at("packages"), Some(&modules))?;
     let root = at("root");
@@ -306,6 +328,23 @@ fn signed_driver_names_its_signer() -> Result<()> {
             "{name}: {shown}"
         );
     }
+    let module = Command::new("xz").arg("-dc").arg(&driver).output()?.stdout;
+    ensure!(
+        is_signed_by(&certificate, &module, folder.path())?,
+        "{shown}"
+    );
+    let mut changed = module.clone();
+    changed[module.len() / 2] ^= 1;
+    ensure!(!is_signed_by(&certificate, &changed, folder.path())?);
+    let elsewhere = tempfile::tempdir()?;
+    let [_, other] = make_key(elsewhere.path())?;
+    ensure!(!is_signed_by(&other, &module, folder.path())?);
+
+    // No process of a build can change the key.
+    let before = fs::read(&key)?;
+    let write = "for file in /key /certificate; do ! echo x 2>/dev/null >>$file; done";
+    output(signer.show(sandbox()?.enter()), write)?;
+    ensure!(fs::read(&key)? == before);
     // The arguments in the other order are an error in one line.
     let swapped = Signer::new(&at("key.der"), &at("key.pem"));
     let error = swapped

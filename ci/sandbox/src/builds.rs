@@ -77,7 +77,7 @@ impl Programs {
         name: "test",
         host: &[BROKER, BENCH_LOAD],
         guest: &["barlink-guest", AGENT, "barlink-driver-checks"],
-        examples: &["guest_sensor"],
+        examples: &["guest_sensor", "watch"],
     };
 }
 

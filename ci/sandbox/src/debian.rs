@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::sandbox::{Enter, Sandbox};
 use crate::setup;
-use crate::tools::ToolArgs;
+use crate::tools::{ToolArgs, Tools};
 
 /// Path in the system at which its processes see a folder of the host.
 pub const SHOWN: &str = "/media";
@@ -57,6 +57,11 @@ impl Debian {
             shown: shown.to_owned(),
             _hold: hold,
         })
+    }
+
+    /// Returns the tools for this system's kernel. They are set up if needed.
+    pub fn tools(&self, args: &ToolArgs) -> Result<Tools> {
+        setup::tools_for(args, &self.system)
     }
 
     /// Returns the kernel's release, as `uname -r` prints it.

@@ -15,7 +15,7 @@ const DATA: &str = include_str!("../../../images/sandbox.toml");
 const FLAVOURS: &str = include_str!("../../../images/flavours.toml");
 
 /// A kind of system that is made from the data.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Kind {
     /// The sandbox, in which builds and VMs run.
     Sandbox,

@@ -22,6 +22,13 @@ pub struct Manifest {
     pub kernel_image: PathBuf,
 }
 
+impl Manifest {
+    /// Returns the kernel's release and the version of its package, which tell kernels apart.
+    pub fn kernel(&self) -> (&str, &str) {
+        (&self.release, &self.package_version)
+    }
+}
+
 /// A sandbox's folder. It holds `root/`, the system, and `sandbox.json`, the [`Manifest`].
 #[derive(Clone, Debug)]
 pub struct Sandbox {
@@ -161,8 +168,13 @@ impl Enter {
     }
 
     /// Shows `path` of the host at the same path, read-only.
-    pub fn bind_read_only(mut self, path: &Path) -> Self {
-        self.bwrap.arg("--ro-bind").arg(path).arg(path);
+    pub fn bind_read_only(self, path: &Path) -> Self {
+        self.show(path, path)
+    }
+
+    /// Shows `path` of the host as `inside`, read-only.
+    pub fn show(mut self, path: &Path, inside: impl AsRef<Path>) -> Self {
+        self.bwrap.arg("--ro-bind").arg(path).arg(inside.as_ref());
         self
     }
 

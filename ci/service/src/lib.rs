@@ -145,6 +145,13 @@ impl ServiceManager {
         names
     }
 
+    /// Returns a copy of the newest stored descriptor with this name, if there is one.
+    pub fn descriptor(&self, name: &str) -> Option<OwnedFd> {
+        let state = self.lock();
+        let newest = state.stored.iter().find(|stored| stored.name == name)?;
+        newest.descriptor.try_clone().ok()
+    }
+
     /// Stops taking messages until the returned guard is dropped, except for one that is being read
     /// now. The manager's other functions block meanwhile.
     pub fn pause(&self) -> impl Drop + '_ {

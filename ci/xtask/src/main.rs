@@ -38,8 +38,8 @@ enum Task {
         after_help = "The exit code is 3 if the mirror has no kernel of the series that is wanted."
     )]
     Setup(ToolArgs),
-    /// Remove unused sandboxes of other versions of barlink, about 2 GiB each, and all snapshots of
-    /// guests
+    /// Remove the sandboxes of other versions of barlink and of superseded kernels, about 2 GiB
+    /// each, and all snapshots of guests
     Clean,
     /// Build the driver for the kernel that is set up, and print where it is
     Driver(ToolArgs),

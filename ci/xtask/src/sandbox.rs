@@ -24,9 +24,9 @@ pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     }
     if let Some(sandbox) = &tools.sandbox {
         println!("sandbox  {}", sandbox.folder.display());
-        for folder in setup::outdated()? {
+        for folder in setup::unused()? {
             println!(
-                "unused   {}: another version's; `cargo xtask clean` removes it",
+                "unused   {}: another version's, or a superseded kernel's; `cargo xtask clean` removes it",
                 folder.display()
             );
         }
@@ -34,8 +34,8 @@ pub fn set_up(args: &ToolArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Removes the sandboxes of other versions of barlink, except for those in use, and all snapshots
-/// of guests.
+/// Removes the sandboxes of other versions of barlink and of superseded kernels, except for those
+/// in use, and all snapshots of guests.
 pub fn clean() -> Result<ExitCode> {
     let (mut removed, left) = setup::clean()?;
     removed.extend(remove_snapshots()?);

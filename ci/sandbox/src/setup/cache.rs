@@ -3,6 +3,8 @@
 //! The folder of finished sandboxes. A sandbox is built under another name, and then renamed.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -14,6 +16,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use tempfile::TempDir;
 
+use super::kernels::revision;
 use crate::recipe::{HASH_DIGITS, Kind, Recipe};
 use crate::sandbox::{Manifest, Sandbox};
 
@@ -96,26 +99,49 @@ impl Cache {
                     && sandbox.manifest.release.ends_with(&recipe.flavour)
                     && let Some(rank) = recipe.rank(&version)
                 {
-                    found.push((rank, Reverse(version), sandbox));
+                    let revision = revision(&sandbox.manifest.package_version);
+                    found.push((rank, Reverse(version), Reverse(revision), sandbox));
                 }
             }
         }
-        found.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-        Ok(found.into_iter().map(|(_, _, sandbox)| sandbox).collect())
+        found.sort_by(|a, b| (a.0, &a.1, &a.2).cmp(&(b.0, &b.1, &b.2)));
+        Ok(found.into_iter().map(|(.., sandbox)| sandbox).collect())
     }
 
-    /// Lists the finished sandboxes of other recipes, which this program does not use.
-    pub(super) fn of_other_recipes(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
-        let mut folders = self.finished()?;
-        folders.retain(|folder| {
-            let ours = Kind::ALL.iter().any(|kind| is_of(folder, recipe, *kind));
-            !ours && is_named_as_ours(folder)
-        });
-        Ok(folders)
+    /// Lists the finished sandboxes that no task uses by itself: those of other recipes, and those
+    /// of kernels that have a newer one of their series and flavour.
+    pub(super) fn unused(&self, recipe: &Recipe) -> Result<Vec<PathBuf>> {
+        let mut newest = HashMap::new();
+        let mut unused = Vec::new();
+        for folder in self.finished()? {
+            let mut kinds = Kind::ALL.into_iter();
+            let kind = kinds.find(|kind| is_of(&folder, recipe, *kind));
+            if !is_named_as_ours(&folder) {
+                continue;
+            }
+            let sandbox = read(&folder)?;
+            let release = &sandbox.manifest.release;
+            let parts = sandbox.version().zip(release.split_once('+'));
+            let Some((kind, (version, (_, flavour)))) = kind.zip(parts) else {
+                unused.push(folder);
+                continue;
+            };
+            let key = (kind, version.series(), flavour.to_owned());
+            let age = (version, revision(&sandbox.manifest.package_version));
+            match newest.entry(key) {
+                Entry::Vacant(entry) => drop(entry.insert((age, folder))),
+                Entry::Occupied(mut entry) if entry.get().0 < age => {
+                    unused.push(entry.insert((age, folder)).1);
+                }
+                Entry::Occupied(_) => unused.push(folder),
+            }
+        }
+        unused.sort();
+        Ok(unused)
     }
 
-    /// Removes the sandboxes of other recipes, except for those in use, and the remains of
-    /// interrupted set-ups. Returns the removed sandboxes and the ones left in use.
+    /// Removes the unused sandboxes, except for those in use, and the remains of interrupted
+    /// set-ups. Returns the removed sandboxes and the ones left in use.
     pub(super) fn clean(
         &self,
         recipe: &Recipe,
@@ -123,7 +149,7 @@ impl Cache {
     ) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
         self.remove_unfinished(lock)?;
         let (mut removed, mut left) = (Vec::new(), Vec::new());
-        for folder in self.of_other_recipes(recipe)? {
+        for folder in self.unused(recipe)? {
             let manifest = File::open(folder.join(MANIFEST))?;
             match flock(&manifest, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => (),
@@ -208,7 +234,12 @@ impl Cache {
         // Written to disk before the rename, because a power failure could else leave empty files
         // under the final name.
         rustix::fs::syncfs(&file)?;
-        let name = format!("{}{}", manifest.release, ending(recipe, kind));
+        let name = format!(
+            "{}_{}{}",
+            manifest.release,
+            manifest.package_version,
+            ending(recipe, kind)
+        );
         let folder = self.folder.join(name);
         fs::rename(unfinished.path(), &folder).with_context(|| {
             format!(
@@ -238,7 +269,10 @@ fn is_named_as_ours(folder: &Path) -> bool {
     let is_folder = fs::symlink_metadata(folder).is_ok_and(|metadata| metadata.is_dir());
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let hash = read(folder).ok().and_then(|sandbox| {
-        let hash = name.strip_prefix(&sandbox.manifest.release)?;
+        let rest = name.strip_prefix(&sandbox.manifest.release)?;
+        // Earlier releases left the version of the package out.
+        let version = format!("_{}", sandbox.manifest.package_version);
+        let hash = rest.strip_prefix(&version).unwrap_or(rest);
         hash.strip_prefix('-').map(str::to_owned)
     });
     let digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
@@ -278,23 +312,42 @@ mod tests {
     fn cache(names: &[&str]) -> (TempDir, Cache) {
         let folder = tempfile::tempdir().unwrap();
         for name in names {
-            let sandbox = folder.path().join(name);
-            fs::create_dir_all(sandbox.join("root/usr")).unwrap();
-            let manifest = Manifest {
-                release: "7.2.12+deb13-cloud-amd64".to_owned(),
-                package_version: "7.2.12-1".to_owned(),
-                kernel_image: "vmlinuz".into(),
-            };
-            fs::write(
-                sandbox.join(MANIFEST),
-                serde_json::to_vec(&manifest).unwrap(),
-            )
-            .unwrap();
+            add(
+                &folder.path().join(name),
+                "7.2.12+deb13-cloud-amd64",
+                "7.2.12-1",
+            );
         }
         let cache = Cache {
             folder: folder.path().to_owned(),
         };
         (folder, cache)
+    }
+
+    /// Makes a folder that looks like a finished sandbox.
+    fn add(sandbox: &Path, release: &str, package_version: &str) {
+        fs::create_dir_all(sandbox.join("root/usr")).unwrap();
+        let manifest = Manifest {
+            release: release.to_owned(),
+            package_version: package_version.to_owned(),
+            kernel_image: "vmlinuz".into(),
+        };
+        let manifest = serde_json::to_vec(&manifest).unwrap();
+        fs::write(sandbox.join(MANIFEST), manifest).unwrap();
+    }
+
+    /// Finishes a sandbox of this kind, and returns its folder.
+    fn finish(cache: &Cache, kind: Kind, release: &str, package_version: &str) -> PathBuf {
+        let lock = cache.lock(|| ()).unwrap();
+        let manifest = Manifest {
+            release: release.to_owned(),
+            package_version: package_version.to_owned(),
+            kernel_image: "vmlinuz".into(),
+        };
+        let unfinished = cache.begin(&lock).unwrap();
+        let recipe = Recipe::load().unwrap();
+        let sandbox = cache.finish(unfinished, &recipe, kind, &manifest);
+        sandbox.unwrap().folder
     }
 
     fn names(folder: &Path) -> Vec<String> {
@@ -323,13 +376,15 @@ mod tests {
         let [own, debian] =
             Kind::ALL.map(|kind| format!("7.2.12+deb13-cloud-amd64{}", ending(&recipe, kind)));
         let old = "7.2.12+deb13-cloud-amd64-0123456789ab";
+        let older = "7.2.12+deb13-cloud-amd64_7.2.12-1-0123456789ab";
         let others = [
+            "7.2.12+deb13-cloud-amd64_7.2.12-2-0123456789ab",
             "7.2.12+deb13-cloud-amd64-backup",
             "7.2.12+deb13-cloud-amd64-0123456789ab.old",
             "7.3.4+deb13-cloud-amd64-0123456789ab",
             "notes",
         ];
-        let (folder, cache) = cache(&[&[&own[..], &debian, old], &others[..]].concat());
+        let (folder, cache) = cache(&[&[&own[..], &debian, old, older], &others[..]].concat());
         let link = "7.2.12+deb13-cloud-amd64-ba9876543210";
         let (elsewhere, _) = self::cache(&[link]);
         let linked = elsewhere.path().join(link);
@@ -338,11 +393,45 @@ mod tests {
 
         let lock = cache.lock(|| ()).unwrap();
         let (removed, left) = cache.clean(&recipe, &lock).unwrap();
-        assert_eq!((removed, left), (vec![folder.path().join(old)], vec![]));
+        let old = [old, older].map(|name| folder.path().join(name));
+        assert_eq!((&removed[..], left), (&old[..], vec![]));
         let mut expected = [&others[..], &[&own[..], &debian, link, "lock"]].concat();
         expected.sort_unstable();
         assert_eq!(names(folder.path()), expected);
         assert!(linked.join("root/usr").exists());
+    }
+
+    #[test]
+    fn clean_removes_superseded_kernels() {
+        let (_folder, cache) = cache(&[]);
+        let [cloud, other] = ["+deb13-cloud-amd64", "+deb13-amd64"];
+        let add = |kind, flavour: &str, version: &str, revision: u32| {
+            let package = format!("{version}-{revision}~bpo13+1");
+            finish(&cache, kind, &format!("{version}{flavour}"), &package)
+        };
+        let mut superseded = [
+            add(Kind::Sandbox, cloud, "7.3.4", 2),
+            add(Kind::Sandbox, cloud, "7.3.4", 9),
+            add(Kind::Debian, cloud, "7.3.3", 1),
+            add(Kind::Sandbox, other, "7.3.9", 1),
+        ];
+        let mut newest = [
+            add(Kind::Sandbox, cloud, "7.3.4", 10),
+            add(Kind::Sandbox, cloud, "7.2.12", 1),
+            add(Kind::Debian, cloud, "7.3.4", 1),
+            add(Kind::Sandbox, other, "7.3.10", 1),
+        ];
+        let recipe = Recipe::load().unwrap();
+        let preferred = cache.sandboxes(&recipe, Kind::Sandbox).unwrap();
+        assert_eq!(preferred[0].folder, newest[0]);
+        let lock = cache.lock(|| ()).unwrap();
+        let (removed, left) = cache.clean(&recipe, &lock).unwrap();
+        superseded.sort();
+        assert_eq!((&removed[..], left), (&superseded[..], vec![]));
+        let mut stay = cache.finished().unwrap();
+        stay.sort();
+        newest.sort();
+        assert_eq!(stay, newest);
     }
 
     #[test]

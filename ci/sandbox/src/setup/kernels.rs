@@ -12,6 +12,7 @@ use anyhow::{Context, Error, Result, bail};
 use super::host::KEYRING;
 use super::mirror::output;
 use crate::recipe::{KernelVersion, Recipe};
+use crate::sandbox::Sandbox;
 
 /// A kernel with all its packages in one version.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -24,6 +25,13 @@ pub(super) struct Kernel {
     pub(super) package_version: String,
     /// Names of the packages, without versions.
     pub(super) packages: Vec<String>,
+}
+
+impl Kernel {
+    /// Returns whether a system has this kernel in this revision.
+    pub(super) fn is_of(&self, system: &Sandbox) -> bool {
+        system.manifest.kernel() == (&self.release, &self.package_version)
+    }
 }
 
 /// Downloads a mirror's index of backports into `work`, an empty folder, and finds the kernels in
@@ -126,7 +134,7 @@ fn find(index: &str, flavour: &str) -> Vec<Kernel> {
             let newest = package_versions
                 .iter()
                 .filter(complete)
-                .max_by_key(|text| numbers(text));
+                .max_by_key(|text| revision(text));
             if let Some(package_version) = newest
                 && !kernels
                     .iter()
@@ -147,7 +155,7 @@ fn find(index: &str, flavour: &str) -> Vec<Kernel> {
 
 /// Returns the numbers in a package version. They suffice to order the revisions of one upstream
 /// version.
-fn numbers(version: &str) -> Vec<u64> {
+pub(super) fn revision(version: &str) -> Vec<u64> {
     let digits = version.split(|c: char| !c.is_ascii_digit());
     digits.filter_map(|number| number.parse().ok()).collect()
 }

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::slice;
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, ensure};
 use tempfile::TempDir;
 
 use self::cache::{Cache, Lock};
@@ -40,17 +40,18 @@ pub fn exit_code(error: &Error) -> ExitCode {
     }
 }
 
-/// Removes the sandboxes of other versions of barlink, except for those in use. Returns the removed
-/// ones and the ones left in use.
+/// Removes the sandboxes of other versions of barlink and of superseded kernels, except for those
+/// in use. Returns the removed ones and the ones left in use.
 pub fn clean() -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
     let cache = Cache::open()?;
     let lock = lock(&cache)?;
     cache.clean(&Recipe::load()?, &lock)
 }
 
-/// Lists the sandboxes of other versions of barlink.
-pub fn outdated() -> Result<Vec<PathBuf>> {
-    Cache::open()?.of_other_recipes(&Recipe::load()?)
+/// Lists the sandboxes of other versions of barlink, and those of kernels that have a newer one of
+/// their series and flavour.
+pub fn unused() -> Result<Vec<PathBuf>> {
+    Cache::open()?.unused(&Recipe::load()?)
 }
 
 /// Returns the folder of files that are made once and used again, by default `~/.cache/barlink`.
@@ -74,14 +75,25 @@ pub fn ensure(args: &ToolArgs) -> Result<Tools> {
     }
     // Checks the arguments before the long work.
     Tools::check(args)?;
-    Tools::with_sandbox(args, sandbox(args, &Recipe::load()?)?)
+    let sandbox = system(args, &Recipe::load()?, Kind::Sandbox, |_| true)?;
+    Tools::with_sandbox(args, sandbox)
 }
 
-/// Returns a sandbox that `args` permits. It is made if needed.
-fn sandbox(args: &ToolArgs, recipe: &Recipe) -> Result<Sandbox> {
-    match finished_of(args, recipe, Kind::Sandbox)?.into_iter().next() {
-        Some(sandbox) => Ok(sandbox),
-        None => build(args, recipe, Kind::Sandbox),
+/// Returns a wanted system of this kind that `args` permits. If there is none, makes the newest one
+/// that `args` permits.
+fn system(
+    args: &ToolArgs,
+    recipe: &Recipe,
+    kind: Kind,
+    is_wanted: impl Fn(&Sandbox) -> bool,
+) -> Result<Sandbox> {
+    let find = || -> Result<Option<Sandbox>> {
+        let mut finished = finished_of(args, recipe, kind)?.into_iter();
+        Ok(finished.find(&is_wanted))
+    };
+    match find()? {
+        Some(system) => Ok(system),
+        None => build(args, recipe, kind, find),
     }
 }
 
@@ -104,7 +116,8 @@ pub fn ensure_all(args: &ToolArgs) -> Result<Vec<Tools>> {
                         kernel: Some(kernel.version.to_string()),
                         ..args.clone()
                     };
-                    all.push(Tools::with_sandbox(&args, sandbox(&args, &recipe)?)?);
+                    let sandbox = system(&args, &recipe, Kind::Sandbox, |it| kernel.is_of(it))?;
+                    all.push(Tools::with_sandbox(&args, sandbox)?);
                 }
                 Err(error) => {
                     eprintln!("{}: {error:#}", recipe.flavour);
@@ -166,23 +179,45 @@ fn finished_of(args: &ToolArgs, recipe: &Recipe, kind: Kind) -> Result<Vec<Sandb
 /// Returns an installed Debian system without any part of barlink, in use until the file is closed.
 /// It is made if needed, for which this process must be root's.
 pub fn debian(args: &ToolArgs) -> Result<(Sandbox, File)> {
-    let recipe = Recipe::load()?;
-    let debian = match finished_of(args, &recipe, Kind::Debian)?.into_iter().next() {
-        Some(debian) => debian,
-        None => build(args, &recipe, Kind::Debian)?,
-    };
+    let debian = system(args, &Recipe::load()?, Kind::Debian, |_| true)?;
     let hold = hold(&debian)?;
     Ok((debian, hold))
+}
+
+/// Returns the tools for the kernel of an installed Debian system, in the revision that the system
+/// has. They are set up if needed.
+pub fn tools_for(args: &ToolArgs, debian: &Sandbox) -> Result<Tools> {
+    let version = debian.version().map(|version| version.to_string());
+    let args = ToolArgs {
+        kernel: version,
+        kernel_image: None,
+        kernel_headers: None,
+        ..args.clone()
+    };
+    let same = |sandbox: &Sandbox| sandbox.manifest.kernel() == debian.manifest.kernel();
+    let sandbox = system(&args, &Recipe::load()?, Kind::Sandbox, same)?;
+    ensure!(
+        same(&sandbox),
+        "the mirror has {} of the kernel of the Debian in {}: remove that folder",
+        sandbox.manifest.package_version,
+        debian.folder.display()
+    );
+    Tools::with_sandbox(&args, sandbox)
 }
 
 /// Disk space that a sandbox needs while it is made, in bytes.
 const ROOM: u64 = 3 << 30;
 
-/// Makes a sandbox, or waits until another process has made a suitable one.
-fn build(args: &ToolArgs, recipe: &Recipe, kind: Kind) -> Result<Sandbox> {
+/// Makes a sandbox, or waits until another process has made one that `find` finds.
+fn build(
+    args: &ToolArgs,
+    recipe: &Recipe,
+    kind: Kind,
+    find_finished: impl FnOnce() -> Result<Option<Sandbox>>,
+) -> Result<Sandbox> {
     let cache = Cache::open()?;
     let lock = lock(&cache)?;
-    if let Some(sandbox) = finished_of(args, recipe, kind)?.into_iter().next() {
+    if let Some(sandbox) = find_finished()? {
         return Ok(sandbox);
     }
     let unfinished = cache.begin(&lock)?;

@@ -1,29 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Test of barlink's packages on an ordinary Debian, by the commands of `docs/install.md`. They are
-//! installed, the system is booted, an ordinary user streams data, and the packages are removed.
+//! The packages of the host and of dkms: they are installed, the system is booted, an ordinary user
+//! streams data, and the packages are removed.
 
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::Output;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use barlink_package::{self as package, Modules};
-use barlink_sandbox::builds::{Artifacts, repository, target_folder};
+use barlink_package as package;
+use barlink_sandbox::builds::{Artifacts, target_folder};
 use barlink_sandbox::debian::{Debian, SHOWN};
+use barlink_vm::Vm;
 use barlink_vm::broker::Broker;
-use barlink_vm::{COMMAND_TIMEOUT, Vm};
 use serde_json::Value;
 
-/// Timeout of the system's boot, under TCG on a busy machine.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
-
-/// The unit of the agent, which runs the test's commands in the booted system.
-const AGENT: &str = "[Service]\nExecStart=/usr/local/sbin/barlink-agent\nRestart=on-failure\nRestartSec=1\n\
-                     [Install]\nWantedBy=multi-user.target\n";
+use crate::support::*;
 
 /// Start of the foreign device's memory.
 const FOREIGN: &[u8] = b"somebody else's memory";
@@ -35,155 +27,6 @@ const MAP: &str = "import mmap, sys\n\
                    memory = mmap.mmap(file.fileno(), 1 << 20)\n\
                    print(memory[:22].decode())\n\
                    memory[4096:4101] = b'reply'\n";
-
-/// Returns the blocks of `docs/install.md` that start with this comment.
-fn commands(comment: &str) -> Result<String> {
-    let document = fs::read_to_string(repository().join("docs/install.md"))?;
-    let blocks = document.split("```sh\n").skip(1);
-    let block = blocks.filter_map(|block| block.split("```").next()?.strip_prefix(comment));
-    let commands: String = block.collect();
-    ensure!(!commands.is_empty(), "no commands follow {comment}");
-    Ok(commands)
-}
-
-/// Returns the output of a script, standard error included. An error unless the script succeeded.
-fn printed(output: Output) -> Result<String> {
-    let text = [output.stdout, output.stderr].concat();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    ensure!(output.status.success(), "{}:\n{text}", output.status);
-    Ok(text)
-}
-
-/// Writes a disk image of the system, with the agent, a user, and a user of the group `barlink`.
-fn disk_image(debian: &Debian, disk: &Path) -> Result<()> {
-    let script = format!(
-        "install {SHOWN}/barlink-agent /usr/local/sbin/
-         cp {SHOWN}/agent.service /etc/systemd/system/agent.service
-         systemctl enable agent.service
-         printf 'u somebody -\\nu member -\\nm member barlink\\n' | systemd-sysusers -
-         [ -s /etc/machine-id ] && [ \"$(cat /etc/machine-id)\" != uninitialized ] || systemd-machine-id-setup
-         apt-get clean"
-    );
-    printed(debian.run(&script)?)?;
-    printed(debian.write_image(disk, "3G")?).map(drop)
-}
-
-/// Makes a Debian that sees `folder`, with the agent's files in it.
-fn fresh(artifacts: &Artifacts, folder: &Path) -> Result<Debian> {
-    fs::copy(
-        artifacts.guest("barlink-agent")?,
-        folder.join("barlink-agent"),
-    )?;
-    fs::write(folder.join("agent.service"), AGENT)?;
-    Debian::fresh(&artifacts.args.tools, folder, folder)
-}
-
-/// Starts the system from its disk, with the broker's device and further options of QEMU.
-fn boot(
-    artifacts: &Artifacts,
-    debian: &Debian,
-    image: &Path,
-    broker: &Broker,
-    options: &[(&str, String)],
-) -> Result<Vm> {
-    let mut config = broker.vm()?;
-    let folder = image.parent().context("the disk has no folder")?;
-    config.paths.push(folder.to_owned());
-    config.boot_timeout = BOOT_TIMEOUT;
-    let drive = format!("file={},format=raw,if=virtio", image.display());
-    let kernel = "console=ttyS0 tsc=reliable no_timer_check root=/dev/vda rw".to_owned();
-    let own = [("-drive", drive), ("-append", kernel)];
-    for (option, value) in own.iter().chain(options) {
-        config
-            .arguments
-            .extend([(*option).to_owned(), value.clone()]);
-    }
-    let machine = artifacts.with_kernel(debian.release(), debian.kernel_image(), debian.initrd());
-    Vm::boot_with(&machine, &config)
-}
-
-/// Checks the cheapest way of `docs/install.md`: its time, its size, that udev loads the driver,
-/// and that a kernel without a driver gets the reason.
-#[test]
-fn built_driver_loads_on_clean_debian() -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("not run, since only root can install a Debian into a folder");
-        return Ok(());
-    }
-    let artifacts = Artifacts::shared()?;
-    let folder = tempfile::tempdir_in(target_folder()?)?;
-    let modules = Modules {
-        kernels: vec![artifacts.tools.clone()],
-        signer: None,
-    };
-    let packages = package::build(folder.path(), Some(&modules))?;
-    let debian = fresh(artifacts, folder.path())?;
-    let release = debian.release();
-    let own = &artifacts.tools.release;
-    ensure!(
-        release == own,
-        "the Debian has kernel {release}, and the driver is for {own}"
-    );
-    let other = "6.12.1+deb13-amd64";
-    let kernels = format!("mkdir /lib/modules/{other}; touch /lib/modules/{other}/modules.dep");
-    printed(debian.run(&kernels)?)?;
-
-    let count = "dpkg-query --show | wc -l";
-    let before = printed(debian.run(count)?)?;
-    let here = format!("cd {SHOWN}\nsudo() {{ \"$@\"; }}\n");
-    let install = format!(
-        "{here}{}",
-        commands("# install the built driver in the guest\n")?
-    );
-    let start = Instant::now();
-    let output = printed(debian.run(&install)?)?;
-    let elapsed = start.elapsed();
-    ensure!(elapsed < Duration::from_secs(60), "it took {elapsed:?}");
-    let numbers = [before, printed(debian.run(count)?)?].map(|text| text.trim().parse::<u32>());
-    let [before, after] = numbers;
-    ensure!(after? == before? + 2, "further packages came: {output}");
-    let mut bytes = 0;
-    for name in ["barlink-guest", "barlink-modules"] {
-        bytes += fs::metadata(&packages[name])?.len();
-    }
-    let disk = "dpkg-query --show --showformat='${Installed-Size} KiB ${Package}, ' barlink-guest barlink-modules";
-    let disk = printed(debian.run(disk)?)?;
-    eprintln!("installed in {elapsed:.1?}: {bytes} bytes of packages; on disk {disk}");
-    ensure!(bytes < 10_000_000, "{bytes} bytes");
-    for line in [
-        format!("kernel {release} has its driver"),
-        format!(
-            "kernel {other} has no driver: none was built for it: boot one of these, or install \
-             barlink-dkms instead: {release}"
-        ),
-    ] {
-        ensure!(output.contains(&line), "no `{line}` in {output}");
-    }
-
-    let image = folder.path().join("disk.img");
-    disk_image(&debian, &image)?;
-    let broker = Broker::start(artifacts, &[])?;
-    let vm = boot(artifacts, &debian, &image, &broker, &[])?;
-    let run = |script: &str| -> Result<String> { vm.run(["sh", "-ec", script])?.success() };
-    eventually(|| run("test \"$(stat -c '%G %a' /dev/barlink0)\" = 'barlink 660'"))?;
-    ensure!(run("modinfo -n barlink")?.contains("/updates/barlink.ko"));
-    streams(&vm, &broker)?;
-    drop(vm);
-
-    // The other package of the driver replaces this one.
-    let replace = format!("cd {SHOWN}; apt-get install --yes ./barlink-dkms_*.deb");
-    let output = printed(debian.run(&replace)?)?;
-    ensure!(
-        output.contains("removed the driver from kernel"),
-        "{output}"
-    );
-    let left = format!(
-        "ls -d /lib/modules/{release}/updates/barlink* /usr/lib/barlink /usr/share/kernel/*/barlink* 2>/dev/null || true"
-    );
-    let left = printed(debian.run(&left)?)?;
-    ensure!(left.is_empty(), "left behind: {left}");
-    printed(debian.run(&format!("{here}{}", commands("# uninstall\n")?))?).map(drop)
-}
 
 #[test]
 fn packages_install_and_stream_on_clean_debian() -> Result<()> {
@@ -386,28 +229,6 @@ fn by_path(run: &impl Fn(&str) -> Result<String>) -> Result<()> {
     Ok(())
 }
 
-/// Streams in both directions, as an ordinary user in the guest.
-fn streams(vm: &Vm, broker: &Broker) -> Result<()> {
-    let numbers: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
-    let sender = "seq 100000 | barlink-guest send";
-    let sender = vm.spawn(["runuser", "-u", "member", "--", "sh", "-c", sender])?;
-    ensure!(
-        broker.run(["recv"])? == numbers.as_bytes(),
-        "what came up differs"
-    );
-    sender.wait(COMMAND_TIMEOUT)?.require_success()?;
-
-    let receiver = vm.spawn(["runuser", "-u", "member", "--", "barlink-guest", "recv"])?;
-    let sent = broker.folder().join("down");
-    fs::write(&sent, &numbers)?;
-    let mut send = broker.app(["send"]);
-    let status = send.stdin(fs::File::open(&sent)?).status()?;
-    ensure!(status.success(), "`barlink send` failed: {status}");
-    let received = receiver.wait(COMMAND_TIMEOUT)?.success()?;
-    ensure!(received == numbers, "what came down differs");
-    Ok(())
-}
-
 /// Checks an ivshmem device with foreign memory. The driver declines it, and a program and another
 /// driver can use it.
 fn foreign_device_is_left_alone(vm: &Vm, foreign: &Path) -> Result<()> {
@@ -479,16 +300,4 @@ fn mistakes_in_the_configuration_lose_no_region(
          systemctl start barlink@vm1")?;
     ensure!(peek()? == "\0\0\0\0", "the region was not given up");
     Ok(())
-}
-
-/// Repeats an attempt for up to 30 s until it succeeds, because udev acts with a delay.
-fn eventually(mut attempt: impl FnMut() -> Result<String>) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        match attempt() {
-            Ok(_) => return Ok(()),
-            Err(error) if start.elapsed() > Duration::from_secs(30) => return Err(error),
-            Err(_) => thread::sleep(Duration::from_millis(200)),
-        }
-    }
 }
