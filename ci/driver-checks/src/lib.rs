@@ -20,12 +20,14 @@
 //! | `module.rs` | the kernel module, and the kernel log |
 //! | `objects.rs` | counts of the kernel's slab objects |
 //! | `process.rs` | child processes |
+//! | `debugger.rs` | a debugger, for devices without the driver as well |
 //! | `tier.rs` | the number of rounds of a loop in each tier of tests |
 
 mod ask;
 mod binding;
 mod calls;
 mod checks;
+mod debugger;
 mod device;
 mod host;
 mod module;
@@ -42,6 +44,7 @@ pub use binding::make_second_node;
 pub use checks::{
     BEHIND_AN_IOMMU, Check, PAUSING, SLEEPING, TOPICS, Topic, UNPLUGGING, WITH_ALL_DEVICES,
 };
+pub use debugger::{DEBUG, Seen, debug};
 pub use module::complaint;
 
 /// Returns the regions that a VM needs for the checks with these names.

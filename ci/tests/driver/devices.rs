@@ -15,7 +15,7 @@ use barlink_protocol::wire::virtio;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
-use barlink_vm::{Config, FIRST_FILE, Vm};
+use barlink_vm::{Config, FIRST_FILE, Iommu, Vm};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::Signal;
 use serde_json::json;
@@ -66,7 +66,7 @@ impl Devices {
     /// The devices with vectors use this transport.
     pub fn new(transport: Transport, machine: Machine, regions: &[Region]) -> Result<Self> {
         let mut config = Config {
-            iommu: machine == Machine::BehindAnIommu,
+            iommu: (machine == Machine::BehindAnIommu).then_some(Iommu::Remapping),
             shared_memory: transport == Transport::VhostUser,
             ends_on_reboot: true,
             ..Config::default()

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -14,22 +14,12 @@ use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
-use barlink_vm_tests::{kill, run, wait_for_end};
+use barlink_vm_tests::{kill, wait_for_end};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::TRANSPORT;
 use crate::support::*;
-
-/// Sends these bytes with a host app.
-fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
-    let path = broker.folder().join("to-send");
-    std::fs::write(&path, bytes)?;
-    let mut app = broker.app(["send", "--channel", channel]);
-    let sent = run(app.arg(&path), "the sender")?;
-    ensure!(sent.status.success(), "the sender ended: {sent:?}");
-    Ok(())
-}
 
 /// Returns the guest's device whose region has this size in bytes.
 fn device(vm: &Vm, size: u64) -> Result<String> {
@@ -105,60 +95,6 @@ fn streams_run_in_both_directions_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Shows the records of a channel by taps in the guest, which open the device for reading only,
-/// before a receiver takes the same records.
-#[test]
-fn taps_in_guest_consume_no_record() -> Result<()> {
-    let channels = ["up=up,64K", "down=down,64K", "camera=up,64K,overwrite"];
-    let args = channels.map(|channel| format!("--channel={channel}"));
-    let (broker, vm) = start(TRANSPORT, &args.each_ref().map(String::as_str))?;
-    send(&broker, "down", b"first")?;
-    let tail = || vm.spawn(["barlink-guest", "tail", "down", "--latest", "-n", "4"]);
-    let tails = [tail()?, tail()?];
-    let expect = |ending: &str| -> Result<()> {
-        for tail in &tails {
-            let line = tail.next_line(COMMAND_TIMEOUT)?;
-            let line = line.context("the tap has ended")?;
-            ensure!(line.trim_end().ends_with(ending), "{line}, not {ending}");
-        }
-        Ok(())
-    };
-    expect(" end 2 0")?;
-    send(&broker, "down", b"second")?;
-    expect(" begin 3 0")?;
-    expect(" data 4 6 \"second\"")?;
-    expect(" end 5 0")?;
-    for tail in &tails {
-        tail.wait(COMMAND_TIMEOUT)?.require_success()?;
-    }
-    for text in ["first", "second"] {
-        let received = vm.run(["barlink-guest", "recv"])?.success()?;
-        ensure!(received == text, "{received}, not {text}");
-    }
-    overwrite(&broker, &vm)
-}
-
-/// Overwrites the channel `camera` from the guest, without a receiver. Taps on both sides find the
-/// newest record.
-fn overwrite(broker: &Broker, vm: &Vm) -> Result<()> {
-    vm.put_file("/tmp/file", &noise(300_000))?;
-    vm.run(["barlink-guest", "send", "--channel", "camera", "/tmp/file"])?
-        .require_success()?;
-    let refused = vm.run(["barlink-guest", "recv", "--channel", "camera"])?;
-    let text = String::from_utf8_lossy(&refused.stderr);
-    ensure!(text.contains("channel `camera` has no consumer"), "{text}");
-    let tail = ["tail", "camera", "--latest", "-n", "1"];
-    let in_guest = vm
-        .run(["barlink-guest"].into_iter().chain(tail))?
-        .success()?;
-    let on_host = run(&mut broker.app(tail), "the tap")?;
-    let on_host = String::from_utf8(on_host.stdout)?;
-    ensure!(in_guest == on_host, "{in_guest}, not {on_host}");
-    let newest = in_guest.split(' ').skip(1).collect::<Vec<_>>();
-    ensure!(newest.first() == Some(&"end"), "{in_guest}");
-    Ok(())
-}
-
 #[test]
 fn example_of_a_sensor_sends_lines() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &[])?;
@@ -199,178 +135,6 @@ fn guest_with_few_cpus_uses_available_vectors() -> Result<()> {
     sender.close_stdin()?;
     sender.wait(COMMAND_TIMEOUT)?.require_success()?;
     ensure!(receiver.bytes()? == noise(1_000_000));
-    Ok(())
-}
-
-#[test]
-fn pipes_work_in_guest_and_host() -> Result<()> {
-    let (broker, vm) = start(TRANSPORT, &[])?;
-    let receiver = receive(&broker, "up")?;
-    vm.run([
-        "sh",
-        "-c",
-        "tar c /bin/busybox 2>/dev/null | barlink-guest send",
-    ])?
-    .require_success()?;
-    let archive = broker.folder().join("archive");
-    fs::write(&archive, receiver.bytes()?)?;
-    let listed = run(Command::new("tar").arg("tf").arg(&archive), "tar")?;
-    assert_eq!(listed.stdout, b"bin/busybox\n");
-    Ok(())
-}
-
-#[test]
-fn guest_app_rejects_invalid_requests() -> Result<()> {
-    let (broker, vm) = start(TRANSPORT, &[])?;
-    let first = vm.spawn(["barlink-guest", "send"])?;
-    wait_for_holder(&broker, "up", "producer", true)?;
-    let refused = |argv: &[&str], code, text: &str| -> Result<()> {
-        let output = vm.run(argv.iter().copied())?;
-        let errors = String::from_utf8(output.stderr)?;
-        assert_eq!(output.status, Status::Code(code), "{errors}");
-        assert!(
-            errors.contains(text) && errors.lines().count() == 1,
-            "{errors}"
-        );
-        Ok(())
-    };
-    refused(
-        &["barlink-guest", "send"],
-        4,
-        "channel `up` already has a producer: stop the process in this VM",
-    )?;
-    refused(
-        &["barlink-guest", "send", "--channel", "x"],
-        1,
-        "no channel `x` in this region; there are: up, down",
-    )?;
-    refused(
-        &["barlink-guest", "send", "--channel", "down"],
-        1,
-        "the producer of channel `down` is not in this VM",
-    )?;
-    refused(
-        &["barlink-guest", "--device", "/dev/null", "info"],
-        3,
-        "not a barlink device: /dev/null",
-    )?;
-    refused(
-        &["barlink-guest", "peek", "--at", "1G"],
-        1,
-        "is not in the raw window",
-    )?;
-    first.kill(Signal::INT)?;
-    assert_eq!(
-        first.wait(COMMAND_TIMEOUT)?.status,
-        Status::Signal(Signal::INT.as_raw())
-    );
-    wait_for_holder(&broker, "up", "producer", false)
-}
-
-#[test]
-fn reader_of_device_describes_and_peeks() -> Result<()> {
-    let (broker, vm) = start(TRANSPORT, &[])?;
-    vm.run(["barlink-guest", "poke", "bytes"])?
-        .require_success()?;
-    // A user who may read the device as a member of its group, and not write to it.
-    let user = "echo reader:x:1000:1000::/:/bin/sh >>/etc/passwd && \
-        chgrp 1000 /dev/barlink0 && chmod 640 /dev/barlink0";
-    vm.run(["sh", "-c", user])?.require_success()?;
-    let as_reader = |command: &str| vm.run(["su", "reader", "-c", command]);
-    ensure!(as_reader("barlink-guest info")?.success()?.contains("slot"));
-    let auto = as_reader("barlink-guest --cache auto info")?.success()?;
-    ensure!(auto.contains(" chosen "), "{auto}");
-    let peek = as_reader("barlink-guest peek --raw --length 5")?;
-    assert_eq!(peek.success()?, "bytes");
-    for command in ["send", "recv", "poke other", "buffer"] {
-        let refused = as_reader(&format!("barlink-guest {command}"))?;
-        let error = String::from_utf8(refused.stderr)?;
-        assert_eq!(refused.status, Status::Code(1), "{command}: {error}");
-        ensure!(
-            error.contains("no permission to open /dev/barlink0 for writing")
-                && error.contains("group barlink")
-                && error.lines().count() == 1,
-            "{command}: {error}"
-        );
-    }
-    assert_eq!(broker.run(["peek", "--raw", "--length", "5"])?, b"bytes");
-    reader_of_device_taps(&broker, &vm)?;
-    // Without permission to read, the error names the same cure.
-    vm.run(["chmod", "600", "/dev/barlink0"])?
-        .require_success()?;
-    let refused = as_reader("barlink-guest info")?;
-    let error = String::from_utf8(refused.stderr)?;
-    ensure!(
-        error.contains("no permission to open /dev/barlink0:") && error.contains("group barlink"),
-        "{error}"
-    );
-    Ok(())
-}
-
-/// Checks that a user who may only read the device copies the records of a stream, and consumes
-/// none.
-fn reader_of_device_taps(broker: &Broker, vm: &Vm) -> Result<()> {
-    let mut sender = App::start(broker.app(["send"]).stdin(Stdio::piped()))?;
-    let mut input = sender.stdin.take().context("no input")?;
-    input.write_all(b"first")?;
-    wait_until("the first bytes are there", || {
-        Ok(broker.inspect()?["channels"][1]["records"] == 1)
-    })?;
-    let as_reader = |command: &str| vm.run(["su", "reader", "-c", command])?.success();
-    let line = as_reader("barlink-guest tail down --latest -n 1")?;
-    ensure!(line.ends_with(" data 1 5 \"first\"\n"), "{line}");
-    assert_eq!(as_reader("barlink-guest recv --latest")?, "first");
-    // It says that it waits for the next stream once it is there.
-    let tap = vm.spawn(["su", "reader", "-c", "barlink-guest recv --tap 2>&1"])?;
-    tap.wait_for("waiting", COMMAND_TIMEOUT)?;
-    drop(input);
-    ensure!(wait_for_end(&mut sender, "the sender")?.success());
-    send(broker, "down", b"second")?;
-    let copied = tap.wait(COMMAND_TIMEOUT)?.success()?;
-    ensure!(copied.ends_with("second"), "{copied}");
-    for text in ["first", "second"] {
-        assert_eq!(vm.run(["barlink-guest", "recv"])?.success()?, text);
-    }
-    Ok(())
-}
-
-#[test]
-fn guest_app_reports_missing_device() -> Result<()> {
-    let vm = Vm::restore(&Config::default())?;
-    for argv in [&["barlink-guest", "info"][..], &["barlink-guest", "recv"]] {
-        let output = vm.run(argv.iter().copied())?;
-        let errors = String::from_utf8(output.stderr)?;
-        assert_eq!(output.status, Status::Code(3));
-        assert!(
-            errors.contains("no barlink device at /dev/barlink0") && errors.contains("insmod"),
-            "{errors}"
-        );
-    }
-    Ok(())
-}
-
-#[test]
-fn closed_pipe_ends_guest_app_silently() -> Result<()> {
-    let (broker, vm) = start(TRANSPORT, &[])?;
-    for command in [
-        "info",
-        "info --json",
-        "peek --length 1M",
-        "peek --raw --length 1M",
-    ] {
-        // Not each shell has `pipefail`, so the first command's exit code goes through a file.
-        let script = format!(
-            "(barlink-guest {command}; echo $? >/tmp/code) 2>/tmp/errors | true; cat /tmp/code /tmp/errors"
-        );
-        assert_eq!(
-            vm.run(["sh", "-c", &script])?.success()?,
-            "0\n",
-            "{command}"
-        );
-    }
-    send(&broker, "down", &noise(1 << 20))?;
-    let script = "(barlink-guest recv; echo $? >/tmp/code) 2>/tmp/errors | head -c 10 >/dev/null; cat /tmp/code /tmp/errors";
-    assert_eq!(vm.run(["sh", "-c", script])?.success()?, "0\n");
     Ok(())
 }
 

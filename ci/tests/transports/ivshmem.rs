@@ -30,6 +30,8 @@ fn tools() -> Result<Tools> {
 mod cache;
 #[path = "channels.rs"]
 mod channels;
+#[path = "driverless_names.rs"]
+mod driverless_names;
 #[path = "idle.rs"]
 mod idle;
 #[path = "mixed.rs"]
@@ -38,6 +40,8 @@ mod mixed;
 mod names;
 #[path = "outlived.rs"]
 mod outlived;
+#[path = "programs.rs"]
+mod programs;
 #[path = "restart.rs"]
 mod restart;
 #[path = "silence.rs"]
@@ -48,10 +52,14 @@ mod snapshots;
 mod sysfs;
 #[path = "table.rs"]
 mod table;
+#[path = "taps.rs"]
+mod taps;
 #[path = "unplugged.rs"]
 mod unplugged;
 #[path = "vfio.rs"]
 mod vfio;
+#[path = "vfio_errors.rs"]
+mod vfio_errors;
 
 /// Doorbells do not pass through the broker over ivshmem. They do over vfio-user:
 /// `vm_outlives_its_broker_until_it_reboots`.

@@ -4,6 +4,7 @@
 //! Each test runs over each transport, in a module of the transport's name. `ci/tests/driver/` is
 //! the driver's part of the suite.
 
+mod debugger;
 mod foreign_device;
 mod ivshmem;
 mod resets;

@@ -2,6 +2,8 @@
 
 //! A broker that is killed and started again, or replaced, while a VM and host apps stream.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::Broker;
@@ -82,13 +84,15 @@ fn restarted_broker_removes_departed_vm_and_app() -> Result<()> {
     let vm = guest(&broker)?;
     let mut app = receive(&broker, "up")?;
     wait_for_holder(&broker, "up", "consumer", true)?;
+    let process = format!("/proc/{}", vm_of(&broker)?["pid"]);
+    ensure!(Path::new(&process).exists(), "no {process}");
     broker.kill()?;
     drop(vm);
+    ensure!(!Path::new(&process).exists(), "QEMU outlives its VM");
     kill(&mut app.app)?;
     broker.start_again()?;
     wait_for_holder(&broker, "up", "consumer", false)?;
-    // QEMU itself ends some time after the sandbox in which it runs.
-    wait_until("the VM is gone", || Ok(vm_of(&broker)?.is_null()))?;
+    ensure!(vm_of(&broker)?.is_null(), "the VM is not gone");
     let vm = guest(&broker)?;
     // The end and the slot can be taken again, and the new consumer receives the new VM's stream.
     let receiver = receive(&broker, "up")?;

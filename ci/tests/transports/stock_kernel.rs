@@ -37,7 +37,11 @@ fn restore(config: &Config) -> Result<Vm> {
     Ok(vm)
 }
 
+#[path = "driverless_names.rs"]
+mod driverless_names;
 #[path = "sysfs.rs"]
 mod sysfs;
 #[path = "vfio.rs"]
 mod vfio;
+#[path = "vfio_errors.rs"]
+mod vfio_errors;

@@ -57,6 +57,16 @@ pub fn noise(length: usize) -> Vec<u8> {
         .collect()
 }
 
+/// Sends these bytes with a host app.
+pub fn send(broker: &Broker, channel: &str, bytes: &[u8]) -> Result<()> {
+    let path = broker.folder().join("to-send");
+    std::fs::write(&path, bytes)?;
+    let mut app = broker.app(["send", "--channel", channel]);
+    let sent = run(app.arg(&path), "the sender")?;
+    ensure!(sent.status.success(), "the sender ended: {sent:?}");
+    Ok(())
+}
+
 /// A host app that receives. A thread reads its output, so that the app never waits for the test.
 pub struct Receiving {
     pub app: App,
@@ -206,6 +216,10 @@ impl<'a> LivingSender<'a> {
     /// Checks that the sender's next bytes reach the host, and no others.
     pub fn sends_on(&self) -> Result<()> {
         self.sender.write(b"after")?;
+        // A receiver that finds no record of a sender whose VM is lost does not wait for it.
+        wait_until("the next bytes are sent", || {
+            Ok(self.broker.inspect()?["channels"][0]["records"] == 2)
+        })?;
         let mut app = self.broker.app(["recv", "--partial"]);
         let mut receiver = App::start(app.stdout(Stdio::piped()))?;
         let mut output = receiver.stdout.take().context("no output")?;

@@ -17,6 +17,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{HAS_DRIVER, TRANSPORT, restore};
+use crate::debugger::debugger_reads_and_writes;
 use crate::support::*;
 
 /// Starts a broker with these arguments, and restores a VM without the driver.
@@ -69,6 +70,7 @@ fn guest_without_driver_streams_both_ways() -> Result<()> {
     wait_until("each program has ended its epoch", || {
         Ok(broker.inspect()?["guests"][0]["present"] == false)
     })?;
+    debugger_reads_and_writes(&broker, &vm)?;
     modes(&broker, &vm)?;
     let buffer = vm.run(["barlink-guest", "--device", &named, "buffer"])?;
     refused(

@@ -12,54 +12,61 @@ use anyhow::{Context, Result, ensure};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::setup::VFIO_MODULES;
-use barlink_sandbox::tools::Tools;
 use barlink_vm::broker::{Broker, Transport};
-use barlink_vm::{COMMAND_TIMEOUT, Config, Vm};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Iommu, Vm};
 use barlink_vm_tests::run;
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{TRANSPORT, restore, tools};
+use crate::debugger::debugger_is_refused;
 use crate::support::*;
 
+/// The module that knows IOMMUs.
+pub const IOMMU_MODULE: &str = "drivers/vfio/vfio_iommu_type1.ko";
+
+/// Loads a module of the kernel's, if the kernel has it.
+pub fn load_module(vm: &Vm, name: &str) -> Result<()> {
+    let path = match tools()?.module(name) {
+        Err(_) if name.contains("virqfd") => return Ok(()),
+        path => path?,
+    };
+    let file = path.file_name().context("no name")?.display().to_string();
+    let file = format!("/tmp/{file}");
+    vm.put_file(&file, &fs::read(&path)?)?;
+    vm.run(["insmod", &file])?.require_success()
+}
+
 /// Loads the modules of VFIO.
-fn load_vfio(vm: &Vm, tools: &Tools) -> Result<()> {
-    for name in VFIO_MODULES {
-        let path = match tools.module(name) {
-            Err(_) if name.contains("virqfd") => continue,
-            path => path?,
-        };
-        let file = path.file_name().context("no name")?.display().to_string();
-        let file = format!("/tmp/{file}");
-        vm.put_file(&file, &fs::read(&path)?)?;
-        vm.run(["insmod", &file])?.require_success()?;
-    }
-    Ok(())
+pub fn load_vfio(vm: &Vm) -> Result<()> {
+    let mut names = VFIO_MODULES.into_iter();
+    names.try_for_each(|name| load_module(vm, name))
 }
 
 /// Gives the device to `vfio-pci`.
-fn bind(vm: &Vm, address: &str) -> Result<()> {
+pub fn bind(vm: &Vm, address: &str) -> Result<()> {
     let bind = "cd /sys/bus/pci/devices/$0 && echo vfio-pci >driver_override && \
+        { test ! -e driver || echo $0 >driver/unbind; } && \
         echo $0 >/sys/bus/pci/drivers_probe && test -e driver";
     vm.run(["sh", "-c", bind, address])?.require_success()
 }
 
 /// Starts a broker with these arguments, and restores a VM without the driver, whose device
 /// `vfio-pci` has. Returns the device's address as well.
-fn start_by_vfio(arguments: &[&str]) -> Result<(Broker, Vm, String)> {
+pub fn start_by_vfio(arguments: &[&str]) -> Result<(Broker, Vm, String)> {
     let broker = Broker::start_over(Artifacts::shared()?, &[TRANSPORT], arguments)?;
     let vm = restore(&Config {
-        iommu: true,
+        iommu: Some(Iommu::Remapping),
         ..broker.vm()?
     })?;
-    load_vfio(&vm, &tools()?)?;
+    load_vfio(&vm)?;
     let address = address(&vm)?;
     bind(&vm, &address)?;
     Ok((broker, vm, address))
 }
 
 /// Returns the options that name a device.
-fn device(name: &str) -> [&str; 2] {
+pub fn device(name: &str) -> [&str; 2] {
     ["--device", name]
 }
 
@@ -101,6 +108,7 @@ fn guest_streams_by_vfio() -> Result<()> {
         Ok(broker.inspect()?["guests"][0]["present"] == false)
     })?;
     idle_end_sleeps(&broker, &vm)?;
+    debugger_is_refused(&broker, &vm)?;
     killed_program_frees_device(&broker, &vm, named)
 }
 
@@ -221,66 +229,4 @@ fn removal_ends_program_by_vfio() -> Result<()> {
         .require_success()?;
     bind(&vm, &address)?;
     echo(&broker, &vm, &device(&named), 100_000)
-}
-
-#[test]
-fn errors_of_vfio_name_cure() -> Result<()> {
-    let (broker, vm, address) = start_by_vfio(&[])?;
-    let named = format!("vfio:{address}");
-    let options = device(&named);
-    let run = |words: &[&str]| {
-        let words = ["barlink-guest"].iter().chain(words);
-        vm.run(words.chain(&options).copied())
-    };
-    for cache in ["write-combining", "write-back"] {
-        let text = format!("{named} cannot be mapped {cache}: VFIO maps a device noncached");
-        refused(&run(&["--cache", cache, "peek"])?, 1, &text)?;
-    }
-    let output = run(&["--cache", "auto", "peek", "--raw", "--length", "1"])?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        errors.contains(
-            "noncached: reads by write-back not granted, write-combining not granted, noncached "
-        ),
-        "{errors}"
-    );
-    output.require_success()?;
-    let buffer = "has no driver, and so there is no DMA buffer: load the driver";
-    refused(&run(&["buffer"])?, 1, buffer)?;
-    let by_sysfs = format!("sysfs:{address}");
-    refused(
-        &vm.run(["barlink-guest", "--device", &by_sysfs, "info"])?,
-        4,
-        &format!("driver vfio-pci has PCI device {address}: use vfio:{address}, or take"),
-    )?;
-
-    // A user needs the group's file, and nothing else.
-    let user = "echo user:x:1000:1000::/:/bin/sh >>/etc/passwd";
-    vm.run(["sh", "-c", user])?.require_success()?;
-    let as_user = |command: &str| {
-        let command = format!("barlink-guest --device {named} {command}");
-        vm.run(["su", "user", "-c", &command])
-    };
-    refused(
-        &as_user("poke y")?,
-        1,
-        "run as root, or give that file to this user (chown USER /dev/vfio/",
-    )?;
-    let give = "chown 1000 /dev/vfio/$(basename $(readlink /sys/bus/pci/devices/$0/iommu_group))";
-    vm.run(["sh", "-c", give, &address])?.require_success()?;
-    as_user("poke y")?.require_success()?;
-    ensure!(broker.run(["peek", "--raw", "--length", "1"])? == b"y");
-    let text = as_user("info")?.success()?;
-    ensure!(
-        text.contains("driver       none: one program at a time uses the device, by VFIO"),
-        "{text}"
-    );
-
-    let unbind = "cd /sys/bus/pci/devices/$0 && echo $0 >driver/unbind && echo >driver_override";
-    vm.run(["sh", "-c", unbind, &address])?.require_success()?;
-    let text =
-        format!("PCI device {address} has no driver: give it to vfio-pci (modprobe vfio-pci;");
-    refused(&run(&["info"])?, 3, &text)?;
-    let other = vm.run(["barlink-guest", "--device", "vfio:0000:00:1f.0", "info"])?;
-    refused(&other, 3, "not 1af4:1110: `lspci")
 }

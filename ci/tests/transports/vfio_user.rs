@@ -31,6 +31,8 @@ fn tools() -> Result<Tools> {
 mod cache;
 #[path = "channels.rs"]
 mod channels;
+#[path = "driverless_names.rs"]
+mod driverless_names;
 #[path = "idle.rs"]
 mod idle;
 #[path = "mixed.rs"]
@@ -39,6 +41,8 @@ mod mixed;
 mod names;
 #[path = "outlived.rs"]
 mod outlived;
+#[path = "programs.rs"]
+mod programs;
 #[path = "restart.rs"]
 mod restart;
 #[path = "silence.rs"]
@@ -49,5 +53,9 @@ mod snapshots;
 mod sysfs;
 #[path = "table.rs"]
 mod table;
+#[path = "taps.rs"]
+mod taps;
 #[path = "vfio.rs"]
 mod vfio;
+#[path = "vfio_errors.rs"]
+mod vfio_errors;

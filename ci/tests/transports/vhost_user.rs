@@ -32,12 +32,16 @@ mod mixed;
 mod names;
 #[path = "outlived.rs"]
 mod outlived;
+#[path = "programs.rs"]
+mod programs;
 #[path = "silence.rs"]
 mod silence;
 #[path = "snapshots.rs"]
 mod snapshots;
 #[path = "table.rs"]
 mod table;
+#[path = "taps.rs"]
+mod taps;
 #[path = "unplugged.rs"]
 mod unplugged;
 

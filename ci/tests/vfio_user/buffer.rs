@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use barlink_agent::Status;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
-use barlink_vm::{COMMAND_TIMEOUT, Config, Executor, Vm};
+use barlink_vm::{COMMAND_TIMEOUT, Config, Executor, Iommu, Vm};
 use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
 
@@ -28,7 +28,7 @@ pub(super) fn guest_with(arguments: &[&str], iommu: bool) -> Result<(Broker, Vm)
         arguments: broker.arguments(0)?,
         paths: vec![broker.folder().to_owned()],
         shared_memory: true,
-        iommu,
+        iommu: iommu.then_some(Iommu::Remapping),
         ..Config::default()
     })?;
     vm.run(["insmod", "/lib/barlink.ko"])?.require_success()?;

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 
 use anyhow::{Context, Result, ensure};
 use barlink_vm::broker::Broker;
-use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Executor, Process, Vm};
+use barlink_vm::{Bare, COMMAND_TIMEOUT, Config, Executor, Iommu, Process, Vm};
 use barlink_vm_tests::{App, wait_for_end, wait_until};
 use rustix::process::Signal;
 use serde_json::json;
@@ -207,7 +207,7 @@ fn setting(executor: Executor) -> Result<(Setting, Config)> {
 pub fn enabled_iommu_hides_guest_memory(executor: Executor) -> Result<()> {
     let (setting, config) = setting(executor)?;
     let config = Config {
-        iommu: true,
+        iommu: Some(Iommu::Remapping),
         ..config
     };
     let (mut machine, _) = setting.started(&config)?;

@@ -15,7 +15,7 @@ use barlink_protocol::wire::virtio::MAGIC;
 use barlink_sandbox::builds::Artifacts;
 use barlink_vm::broker::{Broker, Transport};
 use barlink_vm::tap::Tap;
-use barlink_vm::{Bare, Config, Executor, FREE_PORT, Vm};
+use barlink_vm::{Bare, Config, Executor, FREE_PORT, Iommu, Vm};
 use barlink_vm_tests::wait_until;
 use rustix::process::Signal;
 use serde_json::json;
@@ -331,7 +331,7 @@ fn broker_rejects_plain_file_as_memory(executor: Executor) -> Result<()> {
 /// guest with an IOMMU.
 fn qemu_rejects_iommu_platform_option(executor: Executor) -> Result<()> {
     let setting = Setting::new(executor, "1M")?;
-    for iommu in [false, true] {
+    for iommu in [None, Some(Iommu::Remapping)] {
         let mut config = Config {
             iommu,
             ..setting.config()?

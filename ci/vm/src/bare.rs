@@ -11,8 +11,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, ExitStatus, Stdio};
-use std::sync::mpsc::Sender;
+use std::process::{ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,8 +21,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::orders::Orders;
-use crate::qemu::{iommu, mapping, memory, option_value, processor, program, spawn};
+use crate::qemu::{iommu, mapping, memory, option_value, processor, program};
 use crate::qmp::Qmp;
+use crate::running::Running;
 use crate::{COMMAND_TIMEOUT, Config};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::Accel;
@@ -50,12 +50,12 @@ pub enum Executor {
 /// A running machine without a kernel. Dropping it ends QEMU.
 #[derive(Debug)]
 pub struct Bare {
+    /// Dropped first, because QEMU uses the rest.
+    process: Running,
     qmp: Qmp,
     orders: Orders,
     errors: File,
-    child: Child,
     folder: TempDir,
-    _starter: Sender<()>,
 }
 
 /// A PCI device, as the firmware has set it up.
@@ -112,7 +112,7 @@ impl Bare {
         ])?;
         let errors = tempfile::tempfile()?;
         command.stdin(Stdio::null()).stderr(errors.try_clone()?);
-        let (child, starter) = spawn(command)?;
+        let process = Running::start(command)?;
         let started = Qmp::new(qmp, TIMEOUT);
         let qmp = started.with_context(|| written(&errors).unwrap_or_default())?;
         Ok(Self {
@@ -122,9 +122,8 @@ impl Bare {
                 Executor::Guest(_) => Orders::to_guest(orders, TIMEOUT)?,
             },
             errors,
-            child,
+            process,
             folder,
-            _starter: starter,
         })
     }
 
@@ -254,7 +253,7 @@ impl Bare {
     pub fn end(&mut self) -> Result<ExitStatus> {
         let start = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait()? {
+            if let Some(status) = self.process.child.try_wait()? {
                 return Ok(status);
             }
             ensure!(start.elapsed() < TIMEOUT, "QEMU does not end");
@@ -269,7 +268,7 @@ impl Bare {
 
     /// Returns QEMU's process ID. In a sandbox it is that of the sandbox's first process.
     pub fn process(&self) -> u32 {
-        self.child.id()
+        self.process.child.id()
     }
 
     fn order(&mut self, order: &str) -> Result<u64> {
@@ -330,14 +329,6 @@ impl Bare {
     /// Waits for the end of the order that was begun, and returns its result.
     pub fn finish(&mut self) -> Result<u64> {
         self.orders.finish()
-    }
-}
-
-impl Drop for Bare {
-    fn drop(&mut self) {
-        // Ignores errors, because QEMU may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -14,7 +15,11 @@ use anyhow::{Context, Result, bail, ensure};
 use barlink_service::ServiceManager;
 use clap::ValueEnum;
 use rustix::io::retry_on_intr;
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::net::{Shutdown, SocketAddrUnix, getpeername, getsockname, shutdown};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_getfd,
+    pidfd_open, waitid,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -295,6 +300,29 @@ impl Broker {
         ])?;
         let printed = String::from_utf8(printed)?;
         Ok(printed.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// Shuts the connection of a slot's VM down in both directions, without a word from either end.
+    /// Broker and QEMU live on.
+    pub fn disconnect(&self, slot: usize) -> Result<()> {
+        let (pid, path) = (Pid::from_child(&self.child), self.socket(slot));
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
+            let name = entry?.file_name();
+            let number = name.to_str().context("no number")?.parse()?;
+            // The broker can have closed it meanwhile.
+            let Ok(file) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else {
+                continue;
+            };
+            // A listening socket has the path, too, and no peer.
+            let named = getsockname(&file).and_then(SocketAddrUnix::try_from);
+            let is_slots =
+                named.is_ok_and(|name| name.path_bytes() == Some(path.as_os_str().as_bytes()));
+            if is_slots && getpeername(&file).is_ok() {
+                return Ok(shutdown(&file, Shutdown::Both)?);
+            }
+        }
+        bail!("no connection at {}", path.display())
     }
 
     /// Sends the broker a signal, as [`signal_child`] does.

@@ -21,6 +21,7 @@ mod plug;
 mod probe;
 mod qemu;
 mod qmp;
+mod running;
 mod snapshot;
 pub mod tap;
 
@@ -74,6 +75,15 @@ pub const FIRST_FILE: i32 = 10;
 /// ID of a restored guest's last root port, for a device that a test plugs in by itself.
 pub const FREE_PORT: &str = "port5";
 
+/// An IOMMU of a VM.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Iommu {
+    /// Translates DMA and remaps interrupts.
+    Remapping,
+    /// Only translates DMA.
+    Translating,
+}
+
 /// Configuration of a VM.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -95,9 +105,8 @@ pub struct Config {
     pub preallocated: bool,
     /// Whether other processes can map the guest's memory. vhost-user needs that.
     pub shared_memory: bool,
-    /// Whether the VM has an IOMMU, which translates DMA and remaps interrupts. The guest's kernel
-    /// is told to use it.
-    pub iommu: bool,
+    /// The VM's IOMMU, if it has one. The guest's kernel is told to use it.
+    pub iommu: Option<Iommu>,
     /// Whether QEMU ends when the guest reboots. Otherwise the guest boots again.
     pub ends_on_reboot: bool,
     /// Timeout of a boot, until the agent reports.
@@ -117,7 +126,7 @@ impl Default for Config {
             files: Vec::new(),
             preallocated: false,
             shared_memory: false,
-            iommu: false,
+            iommu: None,
             ends_on_reboot: false,
             boot_timeout: BOOT_TIMEOUT,
             interactive: false,

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::MetadataExt;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,8 @@ use tempfile::TempDir;
 use crate::Config;
 use crate::accelerator::KVM;
 use crate::bare::written;
-use crate::qemu::{option_value, processor, program, spawn};
+use crate::qemu::{option_value, processor, program};
+use crate::running::Running;
 
 /// Name of the file with the results in the user's cache folder.
 const RESULTS: &str = "kvm-probes.json";
@@ -174,14 +175,13 @@ fn boot(artifacts: &Artifacts, guest: Guest, accel: Accel, limit: Duration) -> R
     command.args(["-serial", "chardev:serial"]);
     let errors = tempfile::tempfile()?;
     command.stdin(Stdio::null()).stderr(errors.try_clone()?);
-    let (child, _starter) = spawn(command)?;
-    let mut child = Running(child);
+    let mut process = Running::start(command)?;
     let (start, stalled) = (Instant::now(), stalled());
     let mut limit = limit;
     let mut can_extend = true;
     loop {
         // Asks first, so that no text of a QEMU that ends is missed.
-        let status = child.0.try_wait()?;
+        let status = process.child.try_wait()?;
         let text = fs::read(&log).unwrap_or_default();
         if String::from_utf8_lossy(&text).contains(guest.booted()) {
             return Ok(Outcome::Boots);
@@ -215,17 +215,6 @@ fn stalled() -> Duration {
         .and_then(|line| line.split("total=").nth(1));
     let micros = total.and_then(|total| total.trim().parse().ok());
     Duration::from_micros(micros.unwrap_or(0))
-}
-
-/// A QEMU that is killed when this is dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Ignores errors, because QEMU may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The QEMU process: its arguments, its descriptors, its start and its end.
+//! The QEMU process: its arguments, its descriptors and its start.
 
+use std::fs;
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Sender, channel};
-use std::{fs, thread};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 use barlink_agent::PORT;
@@ -16,7 +15,8 @@ use tempfile::TempDir;
 
 use crate::accelerator::{KVM, accelerator};
 use crate::console::{ERRORS, LOG};
-use crate::{Config, FIRST_FILE, FREE_PORT, Origin};
+use crate::running::Running;
+use crate::{Config, FIRST_FILE, FREE_PORT, Iommu, Origin};
 use barlink_sandbox::builds::Artifacts;
 use barlink_sandbox::tools::{Accel, Qemu as Program};
 
@@ -35,11 +35,10 @@ pub(crate) const PORTS: [&str; 6] = ["port0", "port1", "port2", "port3", "port4"
 /// A QEMU process. It ends when this is dropped, and when this process ends.
 #[derive(Debug)]
 pub(crate) struct Qemu {
-    child: Child,
+    /// Dropped first, because QEMU writes to the folder.
+    _process: Running,
     /// Folder of its logs.
     folder: TempDir,
-    /// Ends, on drop, the thread that started QEMU.
-    _starter: Sender<()>,
 }
 
 /// This process's ends of the connections to QEMU.
@@ -107,11 +106,9 @@ impl Qemu {
             .stdout(errors.try_clone()?)
             .stderr(errors);
 
-        let (child, starter) = spawn(command)?;
         let qemu = Self {
-            child,
+            _process: Running::start(command)?,
             folder,
-            _starter: starter,
         };
         Ok((
             qemu,
@@ -133,35 +130,6 @@ impl Qemu {
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        // Ignores errors, because QEMU may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Starts a process from a new thread, which runs until the returned sender is dropped. The process
-/// is killed when the thread that started it ends, and the caller's thread may end before the VM.
-pub(crate) fn spawn(mut command: Command) -> Result<(Child, Sender<()>)> {
-    let program = command.get_program().display().to_string();
-    let (report, reported) = channel();
-    let (starter, ended) = channel();
-    thread::Builder::new()
-        .name("qemu".to_owned())
-        .spawn(move || {
-            let _ = report.send(command.spawn());
-            // Closes this process's copies of QEMU's descriptors, because the end of QEMU would not
-            // show otherwise. Then waits until the sender is dropped. It never sends anything.
-            drop(command);
-            let _ = ended.recv();
-        })?;
-    let child = reported
-        .recv()?
-        .with_context(|| format!("{program}, which starts QEMU, is missing or cannot be run"))?;
-    Ok((child, starter))
 }
 
 pub(crate) fn mapping(stream: UnixStream, (_, child_fd): (&str, i32)) -> FdMapping {
@@ -219,8 +187,9 @@ pub(crate) fn memory(config: &Config) -> String {
 /// mapping to the IOMMU, so that QEMU can report it to the server of a vfio-user device.
 pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
     match config.iommu {
-        true => &["-device", "intel-iommu,intremap=on,caching-mode=on"],
-        false => &[],
+        Some(Iommu::Remapping) => &["-device", "intel-iommu,intremap=on,caching-mode=on"],
+        Some(Iommu::Translating) => &["-device", "intel-iommu,intremap=off,caching-mode=on"],
+        None => &[],
     }
 }
 
@@ -228,7 +197,7 @@ pub(crate) fn iommu(config: &Config) -> &'static [&'static str] {
 pub(crate) fn processor(accel: Accel, config: &Config) -> [&'static str; 4] {
     let (accel, cpu) = match accel {
         // The kernel's own I/O APIC does not support interrupt remapping, so QEMU emulates it.
-        Accel::Kvm if config.iommu => ("kvm,kernel-irqchip=split", "host"),
+        Accel::Kvm if config.iommu.is_some() => ("kvm,kernel-irqchip=split", "host"),
         Accel::Kvm => ("kvm", "host"),
         // TCG translates `rep movsb` byte by byte, and kernels use it where these two features are.
         // Without them the guest's kernel reads a tmpfs at 1400 MB/s instead of 30, and writes it
@@ -261,7 +230,7 @@ fn arguments(
     // guest's kernel would then distrust its clock and change to a much slower one, or panic at
     // boot because its timer seems to stand still.
     let mut words = "console=ttyS0 tsc=reliable no_timer_check".to_owned();
-    if config.iommu {
+    if config.iommu.is_some() {
         words += " intel_iommu=on";
     }
     command

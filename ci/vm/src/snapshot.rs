@@ -106,7 +106,7 @@ fn name(artifacts: &Artifacts, config: &Config) -> Result<String> {
         artifacts.identity()?,
         // Leaves out devices that are plugged in later, and options that do not change the machine.
         format!(
-            "{} {} {} {} {}",
+            "{} {} {} {} {:?}",
             config.machine, config.memory_mib, config.cpus, config.shared_memory, config.iommu
         ),
         crate::accelerator::identity(artifacts),
