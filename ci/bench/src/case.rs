@@ -55,8 +55,11 @@ impl Direction {
 pub enum Way {
     /// Through a channel.
     Channel(Transport),
-    /// Through a channel between two processes on the host.
+    /// Through a channel between two processes on the host, which build each record in place.
     Within,
+    /// Through the same channel, by copies that are committed and released in batches: as
+    /// [`Way::Ring`], between two processes.
+    Batches,
     /// Through iceoryx2, between two processes on the host.
     Iceoryx2,
     /// By copying alone, within a process.
@@ -82,8 +85,8 @@ pub enum Way {
 impl Way {
     /// Returns whether the way belongs to another project.
     pub fn is_peer(self) -> bool {
-        use Way::{Channel, Copy, OneByOne, Ring, Within};
-        !matches!(self, Channel(_) | Within | Copy | Ring | OneByOne)
+        use Way::{Batches, Channel, Copy, OneByOne, Ring, Within};
+        !matches!(self, Channel(_) | Within | Batches | Copy | Ring | OneByOne)
     }
 
     /// Returns the time limit of a sender. It is shorter for other projects' ways, so that one that
@@ -95,7 +98,9 @@ impl Way {
     /// Returns the way in which both ends of a stream wait for each other.
     pub fn wait(self) -> &'static str {
         match self {
-            Way::Channel(_) | Way::Within | Way::Ring | Way::OneByOne => "spin, back off, sleep",
+            Way::Channel(_) | Way::Within | Way::Batches | Way::Ring | Way::OneByOne => {
+                "spin, back off, sleep"
+            }
             Way::Raw | Way::Iceoryx2 | Way::Virtiofs => "poll",
             Way::Copy => "none",
             _ => "sleep in the kernel",
@@ -112,6 +117,7 @@ impl Way {
         match self {
             Way::Channel(transport) => transport.name(),
             Way::Within => "barlink",
+            Way::Batches => "barlink, in batches",
             Way::Iceoryx2 => "iceoryx2",
             Way::Copy => "memcpy",
             Way::Ring => "two threads",
@@ -155,7 +161,8 @@ impl Case {
             ways.extend([Way::Raw, Way::VirtioSerial, Way::Tcp].map(|way| (way, direction)));
             ways.extend([Way::Vsock, Way::Virtiofs].map(|way| (way, direction)));
         }
-        ways.extend([Way::Within, Way::Iceoryx2, Way::Unix].map(|way| (way, Host)));
+        ways.extend([Way::Within, Way::Batches, Way::Iceoryx2].map(|way| (way, Host)));
+        ways.push((Way::Unix, Host));
         ways.extend([Way::Copy, Way::Ring].map(|way| (way, Host)));
         let cases = |(way, direction): (Way, Direction)| {
             sizes.iter().map(move |&record_size| Case {

@@ -25,7 +25,8 @@ pub const TRIP_CAPACITY: u64 = 256 << 10;
 /// The channel without a receiver, for several readers.
 pub const READERS: &str = "readers";
 
-/// Streams for some time. Records of a channel and of iceoryx2 are built in place, one by one.
+/// Streams for some time. Records of a channel and of iceoryx2 are built in place, one by one,
+/// unless they go in batches.
 pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Result<Streamed> {
     let size = format!("--record-size={record_size}");
     let time = format!("--time={}", time.as_millis());
@@ -38,7 +39,8 @@ pub fn stream(scene: &Scene, way: Way, record_size: u64, time: Duration) -> Resu
     let control = format!("--control={}", scene.control().display());
     let before = scene.rung(STREAM_INDEX)?;
     let receiver = start(scene, &["receive", STREAM, &control])?;
-    let sender = start(scene, &["build", STREAM, &control, &size, &time])?;
+    let how = if way == Way::Batches { "send" } else { "build" };
+    let sender = start(scene, &[how, STREAM, &control, &size, &time])?;
     let streamed = finish(way, sender, receiver)?;
     Ok(Streamed {
         rung: Some(scene.rung(STREAM_INDEX)? - before),

@@ -16,6 +16,7 @@
 //! | `peer.rs`, `daemon.rs` | the setup of other projects' ways, and their processes on the host |
 //! | `stream.rs` | one stream of records over any way |
 //! | `readers.rs` | streams to several readers on the host |
+//! | `steps.rs` | the time of each step of a small record |
 //! | `newest.rs` | looks at the newest value on the host |
 //! | `trip.rs` | round trips |
 //! | `host.rs` | streams and round trips between two processes on the host |
@@ -38,6 +39,7 @@ mod readers;
 mod report;
 mod scene;
 mod spread;
+mod steps;
 mod stream;
 mod trip;
 
@@ -176,6 +178,10 @@ pub fn measure(artifacts: &Artifacts, quick: bool, only: &[String]) -> Result<Re
             bar.inc(1);
         }
         for row in &mut report.newest {
+            budget.spend(|time| row.measure(&scene, time))?;
+            bar.inc(1);
+        }
+        if let Some(row) = &mut report.steps {
             budget.spend(|time| row.measure(&scene, time))?;
             bar.inc(1);
         }

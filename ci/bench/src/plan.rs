@@ -8,6 +8,7 @@ use super::case::{Case, Way};
 use super::idle;
 use super::newest::Look;
 use super::readers::Readers;
+use super::steps;
 use super::trip::Trip;
 use barlink_vm::broker::Transport;
 
@@ -20,6 +21,8 @@ pub struct Plan {
     pub readers: Vec<Readers>,
     /// Looks at the newest value.
     pub newest: Vec<Look>,
+    /// Whether the steps of a record are measured.
+    pub steps: bool,
     /// Round trips.
     pub trips: Vec<Trip>,
     /// The pairs of ends that sleep, each by its transport; `None` for the pair on the host.
@@ -44,6 +47,7 @@ impl Plan {
             streams,
             readers,
             newest,
+            steps: wanted(steps::NAME.to_owned()),
             trips,
             sleepers: sleepers.collect(),
         };
@@ -51,6 +55,7 @@ impl Plan {
             !plan.streams.is_empty()
                 || !plan.readers.is_empty()
                 || !plan.newest.is_empty()
+                || plan.steps
                 || !plan.trips.is_empty()
                 || !plan.sleepers.is_empty(),
             "nothing has {} in its name (--only)",

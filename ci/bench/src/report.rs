@@ -21,6 +21,7 @@ use super::plan::Plan;
 use super::readers;
 use super::scene::{Conditions, Side};
 use super::spread::range_name;
+use super::steps;
 use super::stream;
 use super::trip::{self, Trip};
 use barlink_vm::broker::Transport;
@@ -34,6 +35,7 @@ pub struct Report {
     pub(super) streams: Vec<stream::Row>,
     pub(super) readers: Vec<readers::Row>,
     pub(super) newest: Vec<newest::Row>,
+    pub(super) steps: Option<steps::Row>,
     pub(super) trips: Vec<trip::Row>,
     pub(super) idle: Vec<idle::Row>,
 }
@@ -47,6 +49,7 @@ impl Report {
             streams: plan.streams.into_iter().map(stream::Row::new).collect(),
             readers: plan.readers.into_iter().map(readers::Row::new).collect(),
             newest: plan.newest.into_iter().map(newest::Row::new).collect(),
+            steps: plan.steps.then(steps::Row::default),
             trips: plan.trips.into_iter().map(trip::Row::new).collect(),
             idle: Vec::new(),
         }
@@ -54,7 +57,8 @@ impl Report {
 
     /// Returns the number of rows that are measured in each round.
     pub(super) fn rows(&self) -> usize {
-        self.streams.len() + self.readers.len() + self.newest.len() + self.trips.len()
+        let steps = usize::from(self.steps.is_some());
+        self.streams.len() + self.readers.len() + self.newest.len() + steps + self.trips.len()
     }
 
     /// Returns the median rate of the first way divided by that of the second, for records of this
@@ -125,6 +129,8 @@ impl Report {
             readers.map(|row| self.with_conditions(row, json!({ "wait": readers::WAIT })));
         let newest = self.newest.iter();
         let newest = newest.map(|row| self.with_conditions(row, json!({ "wait": "poll" })));
+        let steps = self.steps.iter();
+        let steps = steps.map(|row| self.with_conditions(row, json!({ "wait": "none" })));
         let trips = self.trips.iter().map(|row| {
             let cache_mode = match row.trip {
                 Trip::Channels(transport, _) | Trip::Doorbells(transport) => {
@@ -156,6 +162,7 @@ impl Report {
             "streams": streams.collect::<Result<Vec<_>>>()?,
             "readers": readers.collect::<Result<Vec<_>>>()?,
             "newest": newest.collect::<Result<Vec<_>>>()?,
+            "steps": steps.collect::<Result<Vec<_>>>()?,
             "trips": trips.collect::<Result<Vec<_>>>()?,
             "idle": idle.collect::<Result<Vec<_>>>()?,
         }))
@@ -241,7 +248,7 @@ impl fmt::Display for Report {
                 "## Streams\n\nConditions: {conditions}. The receiver reads every byte, except of `memcpy`, which has no receiver.\n\n\
                  Through channels of {} and as much plain memory. Between guest and host records are copied in by the sender, and \
                  smaller records are committed and released in batches of {}, unless the row says one by one. Within the host records of barlink and \
-                 iceoryx2 are built in place, one by one. All are read in place. Ends of channels spin for up to 50 µs, then back off, \
+                 iceoryx2 are built in place, one by one, unless the row says in batches. All are read in place. Ends of channels spin for up to 50 µs, then back off, \
                  then sleep. Rates and processor time are those behind the first {} ms, records and wake-ups those of all of a \
                  stream. A record of a socket or a port is one `write`. Wake-ups are the doorbells that the producer rang. \
                  Processor time is that of the processes at the ends; the host's does not include QEMU and the broker.\n",
@@ -296,6 +303,16 @@ impl fmt::Display for Report {
             for row in &self.newest {
                 write!(f, "{row}")?;
             }
+        }
+        if let Some(steps) = &self.steps {
+            writeln!(
+                f,
+                "\n## Steps of a record\n\nConditions: {conditions}. Nanoseconds for a record of 64 bytes. One thread on the host \
+                 has both ends of a channel, so that no line of memory goes from one processor to another.\n"
+            )?;
+            writeln!(f, "| step | ns | {range} |")?;
+            writeln!(f, "|---|---:|---:|")?;
+            write!(f, "{steps}")?;
         }
         if !self.trips.is_empty() {
             writeln!(

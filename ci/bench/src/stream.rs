@@ -193,7 +193,9 @@ fn stream(scene: &Scene, case: &Case, time: Duration) -> Result<Streamed> {
                 ..streamed
             })
         }
-        Way::Within | Way::Iceoryx2 => host::stream(scene, case.way, case.record_size, duration),
+        Way::Within | Way::Batches | Way::Iceoryx2 => {
+            host::stream(scene, case.way, case.record_size, duration)
+        }
         Way::Copy | Way::Ring | Way::OneByOne => {
             let mut order = words(&["ring", &size, &time]);
             match case.way {

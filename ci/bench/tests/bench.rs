@@ -68,7 +68,7 @@ fn transports_have_similar_speed_and_few_rings(
 }
 
 fn host_processes_stream_every_record_size(report: &Report) -> Result<()> {
-    for way in [Way::Within, Way::Iceoryx2, Way::Unix] {
+    for way in [Way::Within, Way::Batches, Way::Iceoryx2, Way::Unix] {
         for size in [64, 64 << 10, 4 << 20] {
             let ways = [way, Way::Copy].map(|way| (way, Direction::Host));
             let ratio = report.ratio(ways, size);

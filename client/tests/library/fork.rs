@@ -113,6 +113,7 @@ fn copies_in_forked_process_do_nothing() {
         is_inherited(sender.send(Kind::USER, &bytes));
         is_inherited(sender.try_send(Kind::USER, &bytes));
         is_inherited(sender.stage(Kind::USER, &bytes));
+        is_inherited(sender.send_all(Kind::USER, [bytes]));
         is_inherited(sender.publish());
         is_inherited(sender.reserve(8));
         std::io::Write::write(&mut sender.stream(), &bytes).unwrap_err();

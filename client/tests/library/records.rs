@@ -78,6 +78,61 @@ fn advanced_records_are_released_together() {
 }
 
 #[test]
+fn records_sent_together_have_one_commit() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    let app = broker.attach();
+    let base = app.layout().find("loop").unwrap().1.offset;
+    let written = || app.region().ring().load(base + channel::WRITTEN);
+    let mut seen = Vec::new();
+    let records = ["one", "two", "three"]
+        .into_iter()
+        .inspect(|_| seen.push(written()));
+    assert_eq!(sender.send_all(Kind::USER, records).unwrap(), 0);
+    assert_eq!(seen, [0; 3], "a record was committed alone");
+    let first = receiver.recv().unwrap().to_owned();
+    assert_eq!(first.bytes, b"one");
+    for text in ["two", "three"] {
+        let record = receiver.recv().unwrap();
+        assert_eq!((record.to_vec(), record.time()), (text.into(), first.time));
+    }
+    // The records before one that fails are there.
+    let large = vec![0; sender.max_record() + 1];
+    let error = sender.send_all(Kind::USER, [&b"small"[..], &large, b"behind"]);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::TooLarge);
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"small");
+    assert!(receiver.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn records_sent_together_count_dropped_ones() {
+    let broker = Running::start(&["log=host-host,4K,drop"]);
+    let (mut sender, mut receiver) = broker.ends("log");
+    // A record takes 1,024 bytes.
+    let dropped = sender.send_all(Kind::USER, [[0; 1000]; 7]).unwrap();
+    assert_eq!((dropped, sender.dropped()), (3, 3));
+    for number in 0..4 {
+        assert_eq!(receiver.recv().unwrap().sequence(), number);
+    }
+    assert_eq!(sender.send_all(Kind::USER, [[0; 1000]; 0]).unwrap(), 0);
+    assert!(receiver.try_recv().unwrap().is_none());
+}
+
+#[test]
+fn records_sent_together_may_exceed_channel() {
+    let broker = Running::start(&["loop=host-host,4K"]);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    const COUNT: u64 = 10_000;
+    let sending =
+        std::thread::spawn(move || sender.send_all(Kind::USER, (0..COUNT).map(u64::to_le_bytes)));
+    for number in 0..COUNT {
+        let record = receiver.recv().unwrap();
+        assert_eq!(record.to_vec(), number.to_le_bytes());
+    }
+    assert_eq!(sending.join().unwrap().unwrap(), 0);
+}
+
+#[test]
 fn dropped_ends_publish_and_release() {
     let broker = Running::start(LOOP);
     let (mut sender, mut receiver) = broker.ends("loop");

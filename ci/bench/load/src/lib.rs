@@ -18,6 +18,7 @@
 //! | `idle.rs` | an end that sleeps, and its cost |
 //! | `copy.rs`, `ring.rs` | limits: copying within a process, a channel within a process |
 //! | `cost.rs` | the cost of one record in instructions |
+//! | `steps.rs` | the time of each step of a small record |
 //! | `flow.rs` | the counts and times of one end of a stream |
 //! | `clock.rs` | times |
 
@@ -34,6 +35,7 @@ mod place;
 mod raw;
 mod rest;
 mod ring;
+mod steps;
 mod stream;
 mod tap;
 mod trip;
@@ -50,6 +52,7 @@ pub use place::{Build, word};
 pub use raw::{RawMode, RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use rest::{Questions, Sleeps, Think};
 pub use ring::Ring;
+pub use steps::{StepTimes, Steps};
 pub use stream::{Receive, Send};
 pub use tap::{Tapped, tap};
 pub use trip::{Ask, Trips, Wait};

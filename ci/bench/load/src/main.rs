@@ -10,7 +10,7 @@ use barlink::host::{self, AttachOptions, Attachment};
 use barlink::{Access, Error, Side, Tap};
 use barlink_bench_load::{
     Answer, Ask, Build, Copy, Cost, Endpoint, PipeReceive, PipeSend, RawMode, RawReceive, RawSend,
-    Receive, Ring, Send, Wait, Watch, idle, newest_of_tap, renew_channel, tap,
+    Receive, Ring, Send, Steps, Wait, Watch, idle, newest_of_tap, renew_channel, tap,
 };
 use barlink_protocol::wire::layout::End::{Consumer, Producer};
 use clap::{Args, Parser, Subcommand};
@@ -158,6 +158,8 @@ enum Work {
     Copy(Copy),
     /// Send and receive within this process
     Ring(Ring),
+    /// Measure the steps of a record within this process
+    Steps(Steps),
 }
 
 /// The end of a channel.
@@ -330,6 +332,7 @@ fn main() -> Result<()> {
         Work::Cost(cost) => cost.run(),
         Work::Copy(copy) => tell(&copy.run()),
         Work::Ring(ring) => tell(&ring.run()?),
+        Work::Steps(steps) => tell(&steps.run()?),
     }
 }
 

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The time of each step of a small record, in one thread, so that no line of memory goes from one
+//! processor to another.
+//!
+//! A step of an end is the difference between laps with it and laps without it: the same records
+//! are committed and released one by one, and all at once.
+
+use std::hint::black_box;
+use std::sync::atomic::fence as fence_all;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use barlink_protocol::cursor::Kind;
+use barlink_protocol::{AtomicU64, Ordering, Wakeup};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::nanoseconds;
+use crate::ring::Ends;
+
+/// Records of a lap.
+const LAP: u32 = 1024;
+
+/// Measures the steps of a record.
+#[derive(Args, Debug)]
+pub struct Steps {
+    /// Bytes of payload in a record
+    #[arg(long, default_value_t = 64)]
+    record_size: usize,
+    /// Length of the measurement, in milliseconds
+    #[arg(long)]
+    time: u64,
+}
+
+/// The times of the steps of one record, each in nanoseconds: medians of many laps.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub struct StepTimes {
+    /// Copying the record with its header into the channel.
+    pub copy: f64,
+    /// Its commit: note, cursor, fence, and a look at the consumer's threshold.
+    pub commit: f64,
+    /// A store and a full fence alone, as a commit and a release have it.
+    pub fence: f64,
+    /// Reading the clock, for its time stamp.
+    pub clock: f64,
+    /// Finding it, with the checks of its header.
+    pub find: f64,
+    /// Its release: cursor, fence, and a look at the producer's threshold.
+    pub release: f64,
+}
+
+impl Steps {
+    /// Repeats laps of each kind.
+    pub fn run(&self) -> Result<StepTimes> {
+        let mut ends = Ends::new()?;
+        let record = vec![1; self.record_size];
+        let word = AtomicU64::new(0);
+        let (start, limit) = (Instant::now(), Duration::from_millis(self.time));
+        let mut laps: [Vec<f64>; 6] = Default::default();
+        while laps[0].is_empty() || start.elapsed() < limit {
+            let [copy, find] = lap(&mut ends, &record, false)?;
+            let [commit, release] = lap(&mut ends, &record, true)?;
+            let ((), fence) = time(|| {
+                for number in 0..u64::from(LAP) {
+                    word.store(number, Ordering::Relaxed);
+                    fence_all(Ordering::SeqCst);
+                }
+            });
+            let ((), clock) = time(|| {
+                for _ in 0..LAP {
+                    black_box(ends.sender.time());
+                }
+            });
+            let times = [copy, commit - copy, fence, clock, find, release - find];
+            for (laps, time) in laps.iter_mut().zip(times) {
+                laps.push(time);
+            }
+        }
+        let [copy, commit, fence, clock, find, release] = laps.map(median);
+        Ok(StepTimes {
+            copy,
+            commit,
+            fence,
+            clock,
+            find,
+            release,
+        })
+    }
+}
+
+/// Sends and receives the records of a lap. Returns the times of both ends for each record.
+fn lap(ends: &mut Ends, record: &[u8], one_by_one: bool) -> Result<[f64; 2]> {
+    let Ends {
+        sender, receiver, ..
+    } = ends;
+    let (outcome, sent) = time(|| {
+        for _ in 0..LAP {
+            let _ = sender.stage(Kind::DATA, record, None, 0)?;
+            if one_by_one {
+                sender.publish()?;
+            }
+        }
+        sender.publish()
+    });
+    outcome?;
+    let (found, received) = time(|| {
+        let mut found = 0;
+        for _ in 0..LAP {
+            found += u32::from(receiver.wait(None)? == Wakeup::Ready);
+            receiver.advance();
+            if one_by_one {
+                receiver.release()?;
+            }
+        }
+        receiver.release().map(|()| found)
+    });
+    let found = found?;
+    ensure!(found == LAP, "{found} of {LAP} records were found");
+    Ok([sent, received])
+}
+
+/// Returns what a lap returns, and the nanoseconds that it takes for each record.
+fn time<T>(lap: impl FnOnce() -> T) -> (T, f64) {
+    let start = Instant::now();
+    let outcome = lap();
+    let time = nanoseconds(start.elapsed()) as f64;
+    (outcome, time / f64::from(LAP))
+}
+
+fn median(mut laps: Vec<f64>) -> f64 {
+    laps.sort_by(f64::total_cmp);
+    laps.get(laps.len() / 2).copied().unwrap_or_default()
+}
