@@ -266,11 +266,11 @@ fn arguments(
 }
 
 /// Returns the root ports of a guest that can be restored, with windows as `barlink qemu-args` has
-/// them.
+/// them for a region of 16 GiB, the largest of a test.
 fn port_arguments() -> Vec<String> {
     let mut arguments = Vec::new();
     for (port, chassis) in PORTS.iter().zip(1..) {
-        let port = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=8G");
+        let port = format!("pcie-root-port,id={port},chassis={chassis},pref64-reserve=32G");
         arguments.extend(["-device".to_owned(), port]);
     }
     arguments
