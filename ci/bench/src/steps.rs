@@ -25,6 +25,8 @@ pub struct Row {
     clock: Spread,
     find: Spread,
     release: Spread,
+    ring: Spread,
+    write: Spread,
 }
 
 impl Row {
@@ -38,6 +40,8 @@ impl Row {
             clock,
             find,
             release,
+            ring,
+            write,
         } = start(scene, &["steps", &time])?.wait()?;
         self.copy.add(copy);
         self.commit.add(commit);
@@ -45,6 +49,8 @@ impl Row {
         self.clock.add(clock);
         self.find.add(find);
         self.release.add(release);
+        self.ring.add(ring);
+        self.write.add(write);
         Ok(())
     }
 }
@@ -65,6 +71,8 @@ impl fmt::Display for Row {
                 &self.release,
             ),
             ("a store and a full fence alone", &self.fence),
+            ("ring an end that is awake", &self.ring),
+            ("write to its eventfd, which can wait", &self.write),
         ] {
             let [low, high] = time.range();
             writeln!(

@@ -11,6 +11,7 @@ use std::sync::atomic::fence as fence_all;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use barlink::notifier::Notifier;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Ordering, Wakeup};
 use clap::Args;
@@ -48,6 +49,10 @@ pub struct StepTimes {
     pub find: f64,
     /// Its release: cursor, fence, and a look at the producer's threshold.
     pub release: f64,
+    /// Ringing an end that does not sleep, as host apps and the broker ring.
+    pub ring: f64,
+    /// A write to the same eventfd, which can wait.
+    pub write: f64,
 }
 
 impl Steps {
@@ -56,14 +61,15 @@ impl Steps {
         let mut ends = Ends::new()?;
         let record = vec![1; self.record_size];
         let word = AtomicU64::new(0);
+        let notifier = Notifier::new()?;
         let (start, limit) = (Instant::now(), Duration::from_millis(self.time));
-        let mut laps: [Vec<f64>; 6] = Default::default();
+        let mut laps: [Vec<f64>; 8] = Default::default();
         while laps[0].is_empty() || start.elapsed() < limit {
             let [copy, find] = lap(&mut ends, &record, false)?;
             let [commit, release] = lap(&mut ends, &record, true)?;
             let ((), fence) = time(|| {
                 for number in 0..u64::from(LAP) {
-                    word.store(number, Ordering::Relaxed);
+                    black_box(&word).store(number, Ordering::Relaxed);
                     fence_all(Ordering::SeqCst);
                 }
             });
@@ -72,12 +78,21 @@ impl Steps {
                     black_box(ends.sender.time());
                 }
             });
-            let times = [copy, commit - copy, fence, clock, find, release - find];
+            let (rung, ring) = time(|| (0..LAP).try_for_each(|_| notifier.ring()));
+            let (written, write) = time(|| {
+                let one = 1_u64.to_ne_bytes();
+                (0..LAP).try_for_each(|_| rustix::io::write(&notifier, &one).map(drop))
+            });
+            rung?;
+            written?;
+            ensure!(notifier.drain() == 2 * u64::from(LAP), "a ring is lost");
+            let (commit, release) = (commit - copy, release - find);
+            let times = [copy, commit, fence, clock, find, release, ring, write];
             for (laps, time) in laps.iter_mut().zip(times) {
                 laps.push(time);
             }
         }
-        let [copy, commit, fence, clock, find, release] = laps.map(median);
+        let [copy, commit, fence, clock, find, release, ring, write] = laps.map(median);
         Ok(StepTimes {
             copy,
             commit,
@@ -85,6 +100,8 @@ impl Steps {
             clock,
             find,
             release,
+            ring,
+            write,
         })
     }
 }
