@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The time of each step of a small record, within one thread on the host.
+//! The time of each step of a small record on the host, and of an exchange between two processors,
+//! which tells whether they share a core.
 
 use std::fmt;
 use std::time::Duration;
@@ -27,6 +28,7 @@ pub struct Row {
     release: Spread,
     ring: Spread,
     write: Spread,
+    exchange: Spread,
 }
 
 impl Row {
@@ -42,6 +44,7 @@ impl Row {
             release,
             ring,
             write,
+            exchange,
         } = start(scene, &["steps", &time])?.wait()?;
         self.copy.add(copy);
         self.commit.add(commit);
@@ -51,6 +54,7 @@ impl Row {
         self.release.add(release);
         self.ring.add(ring);
         self.write.add(write);
+        self.exchange.add(exchange);
         Ok(())
     }
 }
@@ -73,6 +77,10 @@ impl fmt::Display for Row {
             ("a store and a full fence alone", &self.fence),
             ("ring an end that is awake", &self.ring),
             ("write to its eventfd, which can wait", &self.write),
+            (
+                "a line of memory, to the other processor and back",
+                &self.exchange,
+            ),
         ] {
             let [low, high] = time.range();
             writeln!(

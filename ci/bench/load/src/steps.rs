@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The time of each step of a small record, in one thread, so that no line of memory goes from one
-//! processor to another.
+//! processor to another, and the time that a line takes to go there and back.
 //!
 //! A step of an end is the difference between laps with it and laps without it: the same records
 //! are committed and released one by one, and all at once.
 
-use std::hint::black_box;
-use std::sync::atomic::fence as fence_all;
+use std::hint::{self, black_box};
+use std::sync::atomic::{AtomicU32, fence as fence_all};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use barlink::notifier::Notifier;
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Ordering, Wakeup};
@@ -53,6 +54,8 @@ pub struct StepTimes {
     pub ring: f64,
     /// A write to the same eventfd, which can wait.
     pub write: f64,
+    /// A line of memory that goes from one processor to another and back.
+    pub exchange: f64,
 }
 
 impl Steps {
@@ -102,6 +105,7 @@ impl Steps {
             release,
             ring,
             write,
+            exchange: exchange()?,
         })
     }
 }
@@ -135,6 +139,37 @@ fn lap(ends: &mut Ends, record: &[u8], one_by_one: bool) -> Result<[f64; 2]> {
     let found = found?;
     ensure!(found == LAP, "{found} of {LAP} records were found");
     Ok([sent, received])
+}
+
+/// Lets two threads store numbers for each other in turn. Returns the nanoseconds of the shortest
+/// lap, because a thread can lose its processor during one.
+fn exchange() -> Result<f64> {
+    const LAPS: u32 = 64;
+    // Turns of the one thread are even, those of the other odd.
+    let turn = AtomicU32::new(0);
+    let play = |first: u32| {
+        let mut shortest = f64::INFINITY;
+        for lap in 0..LAPS {
+            let ((), took) = time(|| {
+                for number in 0..LAP {
+                    let mine = 2 * (lap * LAP + number) + first;
+                    while turn.load(Ordering::Acquire) != mine {
+                        hint::spin_loop();
+                    }
+                    turn.store(mine + 1, Ordering::Release);
+                }
+            });
+            shortest = shortest.min(took);
+        }
+        shortest
+    };
+    thread::scope(|scope| {
+        let other = scope.spawn(|| play(1));
+        let shortest = play(0);
+        let other = other.join();
+        other.map_err(|_| anyhow!("the other thread panicked"))?;
+        Ok(shortest)
+    })
 }
 
 /// Returns what a lap returns, and the nanoseconds that it takes for each record.
