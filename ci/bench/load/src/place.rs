@@ -104,8 +104,8 @@ where
     Ok(reservation.commit(Kind::USER, length)?)
 }
 
-/// The words of the first block.
-const WORDS: [u64; BLOCK] = {
+/// The words of the first block. A constant would be copied for each record.
+static WORDS: [u64; BLOCK] = {
     let mut words = [0; BLOCK];
     let mut place = 0;
     while place < BLOCK {
@@ -120,8 +120,8 @@ fn make(first: usize, block: &mut [[u8; 8]]) {
     // The sum of two indices' words is the word of their sum, and an addition takes less time than
     // the multiplication of 64-bit words.
     let base = word(first);
-    for (bytes, word) in block.iter_mut().zip(WORDS) {
-        *bytes = base.wrapping_add(word).to_le_bytes();
+    for (bytes, word) in block.iter_mut().zip(&WORDS) {
+        *bytes = base.wrapping_add(*word).to_le_bytes();
     }
 }
 
