@@ -55,8 +55,8 @@ fn connection(broker: &Broker) -> Result<u64> {
     vm["connection"].as_u64().context("no VM")
 }
 
-/// Shows that a program in a guest of 256 MiB pays for the memory that it uses, and not for the size
-/// of the region: entries of 4 KiB for 16 GiB would take 32 MiB.
+/// Shows that a program in a guest of 256 MiB pays for the memory that it uses, and not for the
+/// size of the region: entries of 4 KiB for 16 GiB would take 32 MiB.
 #[test]
 fn large_region_takes_few_page_tables() -> Result<()> {
     let (broker, vm) = start(TRANSPORT, &["--size", "16G"])?;
