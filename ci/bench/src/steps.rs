@@ -7,7 +7,7 @@ use std::fmt;
 use std::time::Duration;
 
 use anyhow::Result;
-use barlink_bench_load::StepTimes;
+use barlink_bench_load::Step;
 use serde::Serialize;
 
 use super::host::start;
@@ -17,44 +17,25 @@ use super::spread::Spread;
 /// The name of the measurement.
 pub const NAME: &str = "steps of a record";
 
-/// The results, in nanoseconds.
+/// The results: the name of each step, and its time in nanoseconds.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Row {
-    copy: Spread,
-    commit: Spread,
-    fence: Spread,
-    clock: Spread,
-    find: Spread,
-    release: Spread,
-    ring: Spread,
-    write: Spread,
-    exchange: Spread,
+    steps: Vec<(String, Spread)>,
 }
 
 impl Row {
     /// Measures one round.
     pub fn measure(&mut self, scene: &Scene, time: Duration) -> Result<()> {
         let time = format!("--time={}", time.as_millis());
-        let StepTimes {
-            copy,
-            commit,
-            fence,
-            clock,
-            find,
-            release,
-            ring,
-            write,
-            exchange,
-        } = start(scene, &["steps", &time])?.wait()?;
-        self.copy.add(copy);
-        self.commit.add(commit);
-        self.fence.add(fence);
-        self.clock.add(clock);
-        self.find.add(find);
-        self.release.add(release);
-        self.ring.add(ring);
-        self.write.add(write);
-        self.exchange.add(exchange);
+        let steps: Vec<Step> = start(scene, &["steps", &time])?.wait()?;
+        for Step { name, nanoseconds } in steps {
+            let known = self.steps.iter().position(|(step, _)| *step == name);
+            let place = known.unwrap_or_else(|| {
+                self.steps.push((name, Spread::default()));
+                self.steps.len() - 1
+            });
+            self.steps[place].1.add(nanoseconds);
+        }
         Ok(())
     }
 }
@@ -62,32 +43,9 @@ impl Row {
 impl fmt::Display for Row {
     /// Formats the lines of a table.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (step, time) in [
-            ("producer: copy the record and its header", &self.copy),
-            ("producer: read the clock", &self.clock),
-            (
-                "producer: commit (note, cursor, fence, threshold)",
-                &self.commit,
-            ),
-            ("consumer: find the record and check its header", &self.find),
-            (
-                "consumer: release (cursor, fence, threshold)",
-                &self.release,
-            ),
-            ("a store and a full fence alone", &self.fence),
-            ("ring an end that is awake", &self.ring),
-            ("write to its eventfd, which can wait", &self.write),
-            (
-                "a line of memory, to the other processor and back",
-                &self.exchange,
-            ),
-        ] {
-            let [low, high] = time.range();
-            writeln!(
-                f,
-                "| {step} | {:.1} | {low:.1} to {high:.1} |",
-                time.median()
-            )?;
+        for (step, time) in &self.steps {
+            let (median, [low, high]) = (time.median(), time.range());
+            writeln!(f, "| {step} | {median:.1} | {low:.1} to {high:.1} |")?;
         }
         Ok(())
     }

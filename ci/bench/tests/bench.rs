@@ -26,6 +26,7 @@ fn short_bench_measures_every_way() -> Result<()> {
     taps_keep_up_and_add_up(&results)?;
     stopped_tap_holds_no_one_back(&results)?;
     newest_values_are_whole(&results)?;
+    steps_take_time(&results)?;
     sleeping_ends_use_no_processor(&report)?;
     both_ends_sleep_in_sleeping_trips(&report)?;
     raw_ivshmem_has_cache_mode_of_barlink(&results)?;
@@ -64,6 +65,24 @@ fn transports_have_similar_speed_and_few_rings(
     // `stream_causes_messages_only_for_doorbells` checks.
     let rings = report.most_rings_per_record();
     ensure!(rings < 2e-3, "{rings} rings for each record");
+    Ok(())
+}
+
+/// Checks that each step of a record was measured in each round. A commit and a release are
+/// differences, which noise can make negative.
+fn steps_take_time(results: &Value) -> Result<()> {
+    let steps = results["steps"][0]["steps"]
+        .as_array()
+        .context("no steps")?;
+    ensure!(steps.len() == 9, "{steps:?}");
+    for step in steps {
+        let name = step[0].as_str().context("no name")?;
+        let times = step[1]["figures"].as_array().context("no times")?;
+        ensure!(json!(times.len()) == results["rounds"], "{step}");
+        let is_difference = ["commit", "release"].iter().any(|what| name.contains(what));
+        let takes_time = |time: &Value| time.as_f64() > Some(0.0);
+        ensure!(is_difference || times.iter().all(takes_time), "{step}");
+    }
     Ok(())
 }
 

@@ -52,7 +52,7 @@ pub use place::{Build, word};
 pub use raw::{RawMode, RawReceive, RawSend, SIZE as RAW_SIZE};
 pub use rest::{Questions, Sleeps, Think};
 pub use ring::Ring;
-pub use steps::{StepTimes, Steps};
+pub use steps::{Step, Steps};
 pub use stream::{Receive, Send};
 pub use tap::{Tapped, tap};
 pub use trip::{Ask, Trips, Wait};

@@ -35,38 +35,38 @@ pub struct Steps {
     time: u64,
 }
 
-/// The times of the steps of one record, each in nanoseconds: medians of many laps.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
-pub struct StepTimes {
-    /// Copying the record with its header into the channel.
-    pub copy: f64,
-    /// Its commit: note, cursor, fence, and a look at the consumer's threshold.
-    pub commit: f64,
-    /// A store and a full fence alone, as a commit and a release have it.
-    pub fence: f64,
-    /// Reading the clock, for its time stamp.
-    pub clock: f64,
-    /// Finding it, with the checks of its header.
-    pub find: f64,
-    /// Its release: cursor, fence, and a look at the producer's threshold.
-    pub release: f64,
-    /// Ringing an end that does not sleep, as host apps and the broker ring.
-    pub ring: f64,
-    /// A write to the same eventfd, which can wait.
-    pub write: f64,
-    /// A line of memory that goes from one processor to another and back.
-    pub exchange: f64,
+/// The time of one step.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Step {
+    /// What is done.
+    pub name: String,
+    /// Median of many laps, for one record.
+    pub nanoseconds: f64,
 }
+
+/// The names of the steps that are repeated in laps. The fence is a part of a commit and of a
+/// release.
+const NAMES: [&str; 8] = [
+    "producer: copy the record and its header",
+    "producer: read the clock",
+    "producer: commit (note, cursor, fence, threshold)",
+    "consumer: find the record and check its header",
+    "consumer: release (cursor, fence, threshold)",
+    "a store and a full fence alone",
+    "ring an end that is awake",
+    "write to its eventfd, which can wait",
+];
+const EXCHANGE: &str = "a line of memory, to the other processor and back";
 
 impl Steps {
     /// Repeats laps of each kind.
-    pub fn run(&self) -> Result<StepTimes> {
+    pub fn run(&self) -> Result<Vec<Step>> {
         let mut ends = Ends::new()?;
         let record = vec![1; self.record_size];
         let word = AtomicU64::new(0);
         let notifier = Notifier::new()?;
         let (start, limit) = (Instant::now(), Duration::from_millis(self.time));
-        let mut laps: [Vec<f64>; 8] = Default::default();
+        let mut laps = NAMES.map(|_| Vec::new());
         while laps[0].is_empty() || start.elapsed() < limit {
             let [copy, find] = lap(&mut ends, &record, false)?;
             let [commit, release] = lap(&mut ends, &record, true)?;
@@ -90,23 +90,18 @@ impl Steps {
             written?;
             ensure!(notifier.drain() == 2 * u64::from(LAP), "a ring is lost");
             let (commit, release) = (commit - copy, release - find);
-            let times = [copy, commit, fence, clock, find, release, ring, write];
+            let times = [copy, clock, commit, find, release, fence, ring, write];
             for (laps, time) in laps.iter_mut().zip(times) {
                 laps.push(time);
             }
         }
-        let [copy, commit, fence, clock, find, release, ring, write] = laps.map(median);
-        Ok(StepTimes {
-            copy,
-            commit,
-            fence,
-            clock,
-            find,
-            release,
-            ring,
-            write,
-            exchange: exchange()?,
-        })
+        let steps = NAMES.into_iter().zip(laps.map(median));
+        let steps = steps.chain([(EXCHANGE, exchange()?)]);
+        let steps = steps.map(|(name, nanoseconds)| Step {
+            name: name.to_owned(),
+            nanoseconds,
+        });
+        Ok(steps.collect())
     }
 }
 
