@@ -94,7 +94,7 @@ impl Cost {
         self.stop(&mut tap)?;
         ptrace::traceme()?;
         raise(Signal::SIGSTOP)?;
-        self.stage_records(&mut alone.sender, &record)?;
+        stage_records(&mut alone.sender, &record, self.records, self.stamped)?;
         raise(Signal::SIGSTOP)?;
         black_box(&tap);
         Ok(())
@@ -113,28 +113,12 @@ impl Cost {
         Ok(())
     }
 
-    /// Stages all records, and commits each one if it has a time of its own.
-    // One call of `stage` for all ways, so that it is inlined.
-    fn stage_records<M, E>(&self, sender: &mut Sender<M, E>, record: &[u8]) -> Result<()>
-    where
-        M: Deref<Target = [AtomicU64]> + Clone,
-        E: Events<Error: std::error::Error + Send + Sync + 'static>,
-    {
-        for _ in 0..self.records {
-            let _ = sender.stage(Kind::DATA, record, None, 0)?;
-            if self.stamped {
-                sender.publish()?;
-            }
-        }
-        Ok(())
-    }
-
     fn move_records(&self, ends: &mut Ends, record: &[u8]) -> Result<()> {
         let Ends {
             sender, receiver, ..
         } = ends;
         if self.batch || self.stamped {
-            self.stage_records(sender, record)?;
+            stage_records(sender, record, self.records, self.stamped)?;
             sender.publish()?;
             if self.produce {
                 return Ok(());
@@ -173,4 +157,25 @@ impl Cost {
         }
         Ok(())
     }
+}
+
+/// Stages so many copies of a record, and commits each one by itself if asked to.
+// The one call of `stage` in this program, so that the compiler inlines it.
+pub(crate) fn stage_records<M, E>(
+    sender: &mut Sender<M, E>,
+    record: &[u8],
+    records: u64,
+    one_by_one: bool,
+) -> Result<()>
+where
+    M: Deref<Target = [AtomicU64]> + Clone,
+    E: Events<Error: std::error::Error + Send + Sync + 'static>,
+{
+    for _ in 0..records {
+        let _ = sender.stage(Kind::DATA, record, None, 0)?;
+        if one_by_one {
+            sender.publish()?;
+        }
+    }
+    Ok(())
 }

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use barlink::notifier::Notifier;
-use barlink_protocol::cursor::Kind;
 use barlink_protocol::{AtomicU64, Ordering, Wakeup};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::nanoseconds;
+use crate::cost::stage_records;
 use crate::ring::Ends;
 
 /// Records of a lap.
@@ -38,7 +38,7 @@ pub struct Steps {
 /// The time of one step.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Step {
-    /// What is done.
+    /// The name of the step.
     pub name: String,
     /// Median of many laps, for one record.
     pub nanoseconds: f64,
@@ -111,13 +111,9 @@ fn lap(ends: &mut Ends, record: &[u8], one_by_one: bool) -> Result<[f64; 2]> {
         sender, receiver, ..
     } = ends;
     let (outcome, sent) = time(|| {
-        for _ in 0..LAP {
-            let _ = sender.stage(Kind::DATA, record, None, 0)?;
-            if one_by_one {
-                sender.publish()?;
-            }
-        }
-        sender.publish()
+        stage_records(sender, record, u64::from(LAP), one_by_one)?;
+        sender.publish()?;
+        anyhow::Ok(())
     });
     outcome?;
     let (found, received) = time(|| {
