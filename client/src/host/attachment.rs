@@ -227,7 +227,8 @@ impl Attachment {
     pub fn add_channel(&self, channel: Channel) -> Result<Added, Error> {
         match self.control.ask(Ask::AddChannel(Entry(channel)))? {
             (Answer::Added(added), _) => {
-                self.refresh()?;
+                // The channel is there, so an error now comes with the next question.
+                let _ = self.refresh();
                 Ok(added)
             }
             _ => Err(self.other_answer()),
@@ -523,10 +524,7 @@ impl sealed::Side for Attachment {
     const PLACE: &'static str = "";
 
     fn find(&self, name: &str) -> Result<usize, Error> {
-        find(self.layouts.latest(), name).or_else(|unknown| match self.refresh() {
-            Ok(layout) => find(layout, name),
-            Err(_) => Err(unknown),
-        })
+        find(self.layouts.latest(), name).or_else(|_| find(self.refresh()?, name))
     }
 
     fn removal(&self) -> Removal {

@@ -25,8 +25,8 @@ pub struct Looks {
     is_waited_for: AtomicBool,
     /// The time of the next look; `None` for now.
     due: Option<Instant>,
-    /// The time between the last two looks that found nothing; `None` if the last one found a
-    /// record.
+    /// The time between the last two looks that found nothing new; `None` if the last one found
+    /// a record.
     pause: Option<Duration>,
     /// The time of the last record that was copied, or of the tap's beginning.
     last: Instant,
@@ -70,7 +70,7 @@ impl Looks {
         }
     }
 
-    /// Notes that a look found a record, so that another one may be there.
+    /// Notes that a look found a new record, so that another one may be there.
     #[inline]
     pub fn found_record(&mut self) {
         self.last = Instant::now();
@@ -80,7 +80,7 @@ impl Looks {
         }
     }
 
-    /// Notes that a look found nothing, and sets the time of the next one.
+    /// Notes that a look found nothing new, and sets the time of the next one.
     pub fn found_nothing(&mut self) {
         let now = Instant::now();
         let longest = match now.saturating_duration_since(self.last) < IDLE_TIMEOUT {

@@ -77,6 +77,8 @@ pub struct Tap {
     looks: Looks,
     spin: Spin,
     removal: Removal,
+    /// The header of the record that was copied last.
+    last: Option<Header>,
     /// The process that made the tap.
     process: Process,
 }
@@ -112,6 +114,7 @@ impl Tap {
             looks: Looks::new()?,
             spin: Spin::of(Strategy::SLEEP),
             removal: side.removal(),
+            last: None,
             process: Process::current(),
         })
     }
@@ -466,7 +469,11 @@ impl Tap {
             };
             bytes.resize(header.length as usize, 0);
             if self.ring.copy(bytes) {
-                self.looks.found_record();
+                // The newest record may be the one that this tap has copied last.
+                match self.last.replace(header) == Some(header) {
+                    true => self.looks.found_nothing(),
+                    false => self.looks.found_record(),
+                }
                 return Ok(Some(header));
             }
         }
@@ -546,6 +553,7 @@ mod tests {
                 next: 60 * second,
             },
             removal: Removal::of(Arc::new(Pipe(device))),
+            last: None,
             process: Process::current(),
         };
         let removing = std::thread::spawn(move || {

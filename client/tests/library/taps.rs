@@ -236,4 +236,15 @@ fn taps_descriptor_is_readable_when_due() {
     assert_eq!(tap.try_recv().unwrap().unwrap().bytes, b"text");
     // Another record may be there.
     assert!(is_due(&tap, 0));
+    // The newest record is not new a second time, so the descriptor rests.
+    for _ in 0..10 {
+        assert_eq!(tap.latest().unwrap().unwrap().bytes, b"text");
+        assert!(is_due(&tap, 999));
+    }
+    assert_eq!(tap.latest().unwrap().unwrap().bytes, b"text");
+    assert!(!is_due(&tap, 0));
+    sender.send(Kind::USER, b"next").unwrap();
+    assert!(is_due(&tap, 999));
+    assert_eq!(tap.latest().unwrap().unwrap().bytes, b"next");
+    assert!(is_due(&tap, 0));
 }
