@@ -211,6 +211,11 @@ impl<M: Deref<Target = [AtomicU64]>> Tap<M> {
                 return Sight::Nothing;
             }
             match self.find(self.cursor, written) {
+                // A copy of the newest record can have failed although it had been copied before.
+                Some((cursor, header)) if !newest && self.index < self.counted => {
+                    self.cursor = cursor + crate::cursor::span(header.length);
+                    self.index += 1;
+                }
                 Some((cursor, header)) => {
                     self.cursor = cursor;
                     self.found = Some(header);

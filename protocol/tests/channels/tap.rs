@@ -5,10 +5,11 @@
 use std::cell::{Cell, RefCell};
 use std::ops::Deref;
 use std::rc::Rc;
+use std::time::Duration;
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
-use barlink_protocol::wire::layout::{Channel, Policy};
+use barlink_protocol::wire::layout::{Channel, Policy, channel};
 use barlink_protocol::{AtomicU64, Consumer, Producer, ReserveError, Sight, Tap, state};
 use proptest::prelude::*;
 
@@ -375,7 +376,14 @@ fn refused_reset_spoils_no_count() {
             }
             looks == 1 || !is_refused
         };
-        let done = state::reset(&stage.region, &stage.entry, 0, are_free, drop);
+        let done = state::reset(
+            &stage.region,
+            &stage.entry,
+            0,
+            Duration::MAX,
+            are_free,
+            drop,
+        );
         let mut tap = tap.unwrap();
         assert_eq!(done.is_none(), is_refused);
         if !is_refused {
@@ -397,6 +405,28 @@ fn refused_reset_spoils_no_count() {
             assert_eq!((tap.missed(), tap.dropped()), (1, 0));
         }
     }
+}
+
+/// Copies the newest record, and tries to copy it again while a refused reset is under way. The
+/// record does not come a second time.
+#[test]
+fn refused_reset_repeats_no_record() {
+    let mut stage = Stage::new();
+    let mut tap = stage.tap();
+    (0..3).for_each(|_| stage.send(10));
+    let sight = tap.look_at_newest();
+    assert_eq!(copy(&mut tap, sight), Some((2, 2)));
+    let sight = tap.look_at_newest();
+    assert!(matches!(sight, Sight::Record(_)));
+    let generation = stage.entry.offset + channel::GENERATION;
+    stage.region.store(generation, 1);
+    assert_eq!(copy(&mut tap, sight), None);
+    stage.region.store(generation, 0);
+    assert_eq!(tap.look(), Sight::Nothing);
+    stage.send(10);
+    let sight = tap.look();
+    assert_eq!(copy(&mut tap, sight), Some((3, 3)));
+    assert_eq!((tap.missed(), tap.dropped()), (2, 0));
 }
 
 /// Memory beside which a producer is faster than its reader: it calls a function before each look.
