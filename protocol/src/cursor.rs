@@ -8,6 +8,7 @@
 //! no memory, so that tests reach all of it.
 
 use core::fmt;
+use core::time::Duration;
 
 use crate::wire::layout::Channel;
 
@@ -37,9 +38,10 @@ pub enum Detached {
     Reset(#[from] Reset),
 }
 
-/// Cursors from here on are not taken for a former end's when a reset chooses where the channel
-/// begins. They are possible, but only in a channel with wrong words: 2^62 bytes are more than a
-/// year's at 100 GB a second.
+/// Bytes that an end moves in a nanosecond at most: more than a processor copies.
+const FASTEST: u64 = 128;
+/// Cursors from here on are not taken for a former end's either: [`FASTEST`] reaches them after
+/// more than a year. So the cursor at which a channel begins stays far below 2^63.
 const LAST_BASE: u64 = 1 << 62;
 
 /// The size of a channel's data area, and the limits that follow from it.
@@ -181,9 +183,14 @@ impl Capacity {
 
     /// Computes the cursor at which a channel begins after a reset: a multiple of the capacity that
     /// is more than a capacity above the `base` at which it began before, and above each of the
-    /// `former` cursors. Cursors that no end can have had are ignored.
-    pub fn base_above(self, base: u64, former: &[u64]) -> u64 {
-        let sane = |cursor: &&u64| cursor.is_multiple_of(8) && **cursor < LAST_BASE;
+    /// `former` cursors. Cursors that no end can have had are ignored: those that are further above
+    /// the base than an end moves in the `age` of the base, which is the time since then. So one
+    /// wrong cursor cannot hide the true ones of later resets.
+    pub fn base_above(self, base: u64, age: Duration, former: &[u64]) -> u64 {
+        let age = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
+        let moved = age.saturating_mul(FASTEST).saturating_add(2 * self.bytes);
+        let end = base.saturating_add(moved).min(LAST_BASE);
+        let sane = |cursor: &&u64| cursor.is_multiple_of(8) && **cursor < end;
         let highest = former.iter().filter(sane).fold(base, |a, b| a.max(*b));
         (highest / self.bytes + 2) * self.bytes
     }

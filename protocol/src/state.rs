@@ -4,6 +4,7 @@
 //! an inspector reads it.
 
 use core::ops::Deref;
+use core::time::Duration;
 
 use crate::cursor::{Capacity, Corrupt};
 use crate::region::Region;
@@ -51,9 +52,10 @@ pub fn read_layout<M: Deref<Target = [AtomicU64]>>(
 /// returns false, because an end is held.
 ///
 /// The cursors do not go back: the channel begins anew more than a capacity above all cursors of
-/// the former ends. `base` is the cursor at which the channel began at its last reset, or 0. `keep`
-/// gets the cursor at which it begins now, before the reset uses it. The caller keeps that cursor
-/// where no end can write it, for the case that all words of the channel are garbage.
+/// the former ends. `base` is the cursor at which the channel began at its last reset, or 0, and
+/// `age` is at least the time since then. `keep` gets the cursor at which it begins now, before the
+/// reset uses it. The caller keeps that cursor where no end can write it, for the case that words
+/// of the channel are garbage.
 ///
 /// A process claims an end before it attaches to the channel, and attaching fails during a reset.
 /// So either the reset sees the claim, or the attaching end sees the reset. An end that lives on
@@ -64,6 +66,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
     region: &Region<M>,
     entry: &Channel,
     base: u64,
+    age: Duration,
     mut are_free: impl FnMut() -> bool,
     keep: impl FnOnce(u64),
 ) -> Option<u64> {
@@ -93,7 +96,7 @@ pub fn reset<M: Deref<Target = [AtomicU64]>>(
         former[2] = 0;
     }
     let [written, limit, read] = former;
-    let base = Capacity::of(entry).base_above(base, &[written, limit, read]);
+    let base = Capacity::of(entry).base_above(base, age, &[written, limit, read]);
     keep(base);
     for offset in cursors.into_iter().chain(channel::NOTES) {
         let is_unused = offset == channel::READ && !entry.has_consumer();

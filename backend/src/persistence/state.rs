@@ -46,6 +46,9 @@ const BASES: u64 = PAGE_SIZE + 1728;
 const OWNERS: u64 = PAGE_SIZE + 2304;
 /// The host apps whose attachments are read-only, in any order; 0 for none.
 const READERS: u64 = 2 * PAGE_SIZE;
+/// By channel: the time of the last reset, in nanoseconds of the host's monotonic clock; 0 before
+/// the first.
+const BASE_TIMES: u64 = READERS + 8 * MAX_CLIENTS as u64;
 /// Most host apps at a time, of users who may write.
 pub const MAX_WRITERS: usize = 64;
 /// Most host apps at a time, of users who may only read.
@@ -322,6 +325,17 @@ impl RosterWords {
         self.0.store(BASES + 8 * channel as u64, base);
     }
 
+    /// Returns the time of a channel's last reset, in nanoseconds of the host's monotonic clock; 0
+    /// before the first.
+    pub fn base_time(&self, channel: usize) -> u64 {
+        self.0.load(BASE_TIMES + 8 * channel as u64)
+    }
+
+    /// Sets the time of a channel's reset.
+    pub fn set_base_time(&self, channel: usize, time: u64) {
+        self.0.store(BASE_TIMES + 8 * channel as u64, time);
+    }
+
     /// Clears the holder of an end.
     pub fn clear_holder(&self, channel: usize, end: End) {
         self.0.store(OWNERS + presence::holder(channel, end), 0);
@@ -336,7 +350,7 @@ const _: () = assert!(BASES + 8 * MAX_CHANNELS as u64 <= OWNERS);
 const _: () =
     assert!(FIRST_EPOCHS + 8 * MAX_SLOTS as u64 <= OWNERS + presence::holder(0, End::Producer));
 const _: () = assert!(OWNERS + presence::holder(MAX_CHANNELS, End::Producer) <= READERS);
-const _: () = assert!(READERS + 8 * MAX_CLIENTS as u64 <= SIZE);
+const _: () = assert!(BASE_TIMES + 8 * MAX_CHANNELS as u64 <= SIZE);
 
 fn readers() -> impl Iterator<Item = u64> {
     (READERS..).step_by(8).take(MAX_CLIENTS)
@@ -367,7 +381,7 @@ mod tests {
         u64,
         Vec<[u64; 4]>,
         Vec<Option<(ClientId, u64)>>,
-        Vec<u64>,
+        Vec<[u64; 2]>,
         Vec<ClientId>,
     );
 
@@ -390,7 +404,7 @@ mod tests {
                 slot.first_epoch(),
             ]
         });
-        let bases = (0..CHANNELS).map(|channel| roster.base(channel));
+        let bases = (0..CHANNELS).map(|channel| [roster.base(channel), roster.base_time(channel)]);
         let readers = roster.readers();
         let connections = connections.collect();
         (roster.epoch(), connections, ends, bases.collect(), readers)
@@ -453,7 +467,7 @@ mod tests {
         let state = successor(&[]);
         let (roster, slot) = (state.roster(), state.slot(3));
         let channel = CHANNELS - 1;
-        let calls: [(&str, &dyn Fn()); 16] = [
+        let calls: [(&str, &dyn Fn()); 17] = [
             ("epoch", &|| roster.set_epoch(1)),
             ("number of a VM", &|| assert_eq!(slot.next_connection(), 1)),
             ("connection", &|| slot.set_connection(1)),
@@ -471,6 +485,7 @@ mod tests {
             }),
             ("no connection", &|| slot.set_connection(0)),
             ("base", &|| roster.set_base(channel, 1 << 20)),
+            ("time of the base", &|| roster.set_base_time(channel, 1)),
             ("reader", &|| roster.set_reader(5, true)),
             ("another reader", &|| roster.set_reader(6, true)),
             ("no reader", &|| roster.set_reader(5, false)),

@@ -6,6 +6,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use barlink::{End, Error, ErrorKind, Kind, Side};
 use barlink_protocol::wire::layout::channel;
@@ -375,7 +376,14 @@ fn tap_that_ends_early_prints_summary() {
     assert_eq!(&start, b"start");
     // The sender is there, so the broker would refuse.
     let entry = *app.layout().find("loop").unwrap().1;
-    let done = barlink_protocol::state::reset(app.region().ring(), &entry, 0, || true, |_| ());
+    let done = barlink_protocol::state::reset(
+        app.region().ring(),
+        &entry,
+        0,
+        Duration::MAX,
+        || true,
+        |_| (),
+    );
     done.unwrap();
     assert_eq!(wait(&mut reset).code(), Some(1));
     errors += &errors_of(&mut reset);

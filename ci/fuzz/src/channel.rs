@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::ops::Deref;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use barlink_protocol::cursor::{Header, Kind, span};
 use barlink_protocol::region::Region;
@@ -73,6 +74,8 @@ pub enum Deed {
     Produce(u16),
     /// Releases a record, as an honest consumer does.
     Consume,
+    /// Leaves out this many record numbers, as an honest producer does.
+    Skip(u16),
     /// Resets the channel, as the broker does.
     Reset,
 }
@@ -215,8 +218,20 @@ impl Deed {
                 None => produce(&region, layout, length),
             },
             Deed::Consume => consume(&region),
+            Deed::Skip(count) => {
+                if let Ok(mut producer) = Producer::attach(region, &layout.channels()[0]) {
+                    let _ = producer.skip(count.into());
+                }
+            }
             Deed::Reset => {
-                let _ = state::reset(&region, &layout.channels()[0], 0, || true, |_| ());
+                let _ = state::reset(
+                    &region,
+                    &layout.channels()[0],
+                    0,
+                    Duration::MAX,
+                    || true,
+                    |_| (),
+                );
             }
         }
     }

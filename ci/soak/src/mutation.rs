@@ -223,8 +223,8 @@ pub const ALL: [Mutation; 16] = [
         about: "a reset begins at a cursor that former ends may have passed",
         seconds: 100,
         file: "protocol/src/state.rs",
-        from: ".base_above(base, &[written, limit, read]);",
-        to: ".base_above(base, &[written, limit, read].map(|_| 0));",
+        from: ".base_above(base, age, &[written, limit, read]);",
+        to: ".base_above(base, age, &[written, limit, read].map(|_| 0));",
         part: Changed::Protocol,
         found_by: &[
             (CHANNELS, "reset::reset_begins_above_all_cursors"),

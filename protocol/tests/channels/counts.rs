@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use barlink_protocol::cursor::Kind;
 use barlink_protocol::region::Region;
@@ -178,7 +178,15 @@ impl World {
     fn reset(&mut self) {
         let before = self.base;
         let keep = |base| self.base = base;
-        state::reset(&self.region, &self.entry, before, || true, keep).unwrap();
+        state::reset(
+            &self.region,
+            &self.entry,
+            before,
+            Duration::MAX,
+            || true,
+            keep,
+        )
+        .unwrap();
         self.attach();
         self.consumer = consumer_of(&self.region, &self.entry);
         self.records.clear();

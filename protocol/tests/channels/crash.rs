@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use barlink_protocol::cursor::{Detached, Kind};
 use barlink_protocol::wire::layout::{Channel, FIRST_FREE, Layout, Name, Policy, channel};
@@ -480,7 +481,14 @@ fn reset(memory: &Recorded, mut free: usize, base: &Cell<u64>) -> (Option<u64>, 
     };
     memory.record(|| {
         let keep = |next| base.set(next);
-        state::reset(&memory.region(), &entry(), base.get(), is_free, keep)
+        state::reset(
+            &memory.region(),
+            &entry(),
+            base.get(),
+            Duration::MAX,
+            is_free,
+            keep,
+        )
     })
 }
 

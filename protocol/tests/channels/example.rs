@@ -455,7 +455,7 @@ fn section() -> String {
         .map(|offset| example.word(up.offset + offset));
     assert_eq!(written, limit);
     assert_eq!(
-        state::reset(&example.region, &up, 0, || true, drop),
+        state::reset(&example.region, &up, 0, Duration::MAX, || true, drop),
         Some(1)
     );
     let base = example.word(up.offset + channel::WRITTEN);

@@ -60,7 +60,7 @@ pub fn hold(region: &Heap, layout: &Layout, holder: u64) {
 
 /// Resets a channel whose ends are free, or are not.
 pub fn reset(region: &Heap, entry: &Channel, are_free: bool) -> Option<u64> {
-    state::reset(region, entry, 0, || are_free, drop)
+    state::reset(region, entry, 0, Duration::MAX, || are_free, drop)
 }
 
 /// An end's clock, which the test sets, and doorbells without effect.

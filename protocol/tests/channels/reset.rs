@@ -365,21 +365,47 @@ fn reset_begins_above_all_cursors() {
     }
 }
 
-/// Ends can store any cursor below 2⁶², and the broker keeps the cursor at which the channel began.
+/// A peer can store any cursor, and the broker keeps the cursor at which the channel began. A reset
+/// ignores what no end can have reached, and still finds the cursors of true ends afterwards.
 #[test]
 fn reset_never_begins_below_former_base() {
+    const MINUTE: Duration = Duration::from_secs(60);
     let (region, layout) = region(4096, false);
     let entry = &layout.channels()[0];
-    let mut base = 0;
-    for written in [(1 << 62) - 8, 0, 1 << 62, 8, (1 << 62) - 8] {
-        region.store(entry.offset + channel::WRITTEN, written);
+    let reset = |base| {
         let mut next = 0;
-        state::reset(&region, entry, base, || true, |kept| next = kept).unwrap();
+        state::reset(&region, entry, base, MINUTE, || true, |kept| next = kept).unwrap();
+        next
+    };
+    let mut base = 0;
+    for written in [(1 << 62) - 8, 0, 1 << 62, 8, 1 << 43, u64::MAX - 7] {
+        region.store(entry.offset + channel::WRITTEN, written);
+        let next = reset(base);
         assert!(next > base + entry.capacity, "{next} behind {base}");
+        // 128 bytes a nanosecond are less than 2⁴³ in a minute.
+        assert!(next < 1 << 43, "{next}");
         assert_eq!(region.load(entry.offset + channel::WRITTEN), next);
-        let _ = attach(&region, entry);
-        base = next;
+        let (mut producer, mut consumer) = attach(&region, entry);
+        for _ in 0..10 {
+            send(&mut producer, &[1; 1500]).unwrap();
+            receive(&mut consumer).unwrap();
+        }
+        let reached = region.load(entry.offset + channel::WRITTEN);
+        base = reset(next);
+        assert!(base > reached + entry.capacity, "{base} behind {reached}");
     }
+    // An end may have taken as long as it likes.
+    region.store(entry.offset + channel::WRITTEN, 1 << 61);
+    state::reset(
+        &region,
+        entry,
+        base,
+        Duration::MAX,
+        || true,
+        |kept| base = kept,
+    )
+    .unwrap();
+    assert!(base > 1 << 61);
 }
 
 /// The broker makes the generation odd, finds a claim that came at that moment, and stores the
@@ -479,7 +505,7 @@ fn tap_made_during_reset_misses_no_record() {
     let entry = &layout.channels()[0];
     let mut during = None;
     let make_tap = |_| during = Some(Tap::attach(region.clone(), entry));
-    state::reset(&region, entry, 0, || true, make_tap).unwrap();
+    state::reset(&region, entry, 0, Duration::MAX, || true, make_tap).unwrap();
     let mut tap = during.unwrap();
     let (mut producer, _consumer) = attach(&region, entry);
     for number in 0..3 {

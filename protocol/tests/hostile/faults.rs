@@ -193,7 +193,7 @@ proptest! {
                 }
             }
         }
-        prop_assert!(state::reset(&region, entry, 0, || true, drop).is_some());
+        prop_assert!(state::reset(&region, entry, 0, Duration::MAX, || true, drop).is_some());
         prop_assert!(looks.load(Relaxed) < 200 * 16 * 2, "{looks:?} looks");
         prop_assert!(Producer::attach(region.clone(), entry).is_ok());
         prop_assert!(Consumer::attach(region, entry).is_ok());

@@ -3,6 +3,7 @@
 //! Resets of a channel beside its ends, which live on.
 
 use std::sync::atomic::{AtomicU64 as Counter, Ordering::Relaxed};
+use std::time::Duration;
 
 use barlink_protocol::cursor::{Corrupt, Detached, Kind, Reset};
 use barlink_protocol::region::ModelFence;
@@ -38,7 +39,7 @@ fn claim_and_reset_exclude_each_other() {
         });
         let reset = {
             let is_free = || claim.load(Ordering::Acquire) == 0;
-            state::reset(&region, &channel(), 0, is_free, drop)
+            state::reset(&region, &channel(), 0, Duration::MAX, is_free, drop)
         };
         match (guest.join().unwrap(), reset) {
             // An end that attached found the channel as it was before the reset or as it is after
@@ -71,7 +72,10 @@ fn reset_beside_publish_repeats_no_record() {
             };
             (if sent { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
         });
-        assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+        assert_eq!(
+            state::reset(&region, &entry, 0, Duration::MAX, || true, drop),
+            Some(1)
+        );
         match Consumer::attach(region.clone(), &entry) {
             Ok(mut consumer) => match consumer.poll() {
                 Ok(found) => assert!(!found, "a record came again"),
@@ -86,6 +90,44 @@ fn reset_beside_publish_repeats_no_record() {
         let [written, read] =
             [place::WRITTEN, place::READ].map(|offset| region.load(entry.offset + offset));
         assert!(written <= read && read >= 2 * entry.capacity);
+    });
+    let seen = [&DONE, &REFUSED].map(|counter| counter.load(Relaxed));
+    assert!(!seen.contains(&0), "{seen:?}");
+}
+
+/// Resets a channel beside a consumer that is about to release, and that the reset takes for gone.
+/// The new ends find neither its record nor its cursor.
+#[test]
+fn reset_beside_release_repeats_no_record() {
+    static DONE: Counter = Counter::new(0);
+    static REFUSED: Counter = Counter::new(0);
+    model(|| {
+        let (region, entry) = (region(), channel());
+        let mut producer = Producer::attach(region.clone(), &entry).unwrap();
+        commit(&mut producer, 0);
+        let mut stale = Consumer::attach(region.clone(), &entry).unwrap();
+        assert!(stale.poll().unwrap());
+        let reader = thread::spawn(move || {
+            let done = stale.release().is_ok();
+            (if done { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
+        });
+        assert_eq!(
+            state::reset(&region, &entry, 0, Duration::MAX, || true, drop),
+            Some(1)
+        );
+        match Consumer::attach(region.clone(), &entry) {
+            Ok(mut consumer) => match consumer.poll() {
+                Ok(found) => assert!(!found, "a record came again"),
+                Err(error) => assert!(matches!(error, Detached::Corrupt(_))),
+            },
+            // The former consumer stored its cursor after the reset.
+            Err(_) => (),
+        }
+        reader.join().unwrap();
+        // A cursor of the former consumer is further below the new producer's than the capacity.
+        let [written, read] =
+            [place::WRITTEN, place::READ].map(|offset| region.load(entry.offset + offset));
+        assert!(read == written || read + entry.capacity < written);
     });
     let seen = [&DONE, &REFUSED].map(|counter| counter.load(Relaxed));
     assert!(!seen.contains(&0), "{seen:?}");
@@ -113,7 +155,10 @@ fn reset_beside_busy_producer(left_out: &[ModelFence]) {
             }
         }
     });
-    assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+    assert_eq!(
+        state::reset(&region, &entry, 0, Duration::MAX, || true, drop),
+        Some(1)
+    );
     writer.join().unwrap();
     let mut tap = Tap::attach(region, &entry);
     let found = tap.look_at_newest();
@@ -162,7 +207,10 @@ fn reset_beside_overwriting_producer_repeats_no_record() {
             });
             (if sent { &DONE } else { &REFUSED }).fetch_add(1, Relaxed);
         });
-        assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+        assert_eq!(
+            state::reset(&region, &entry, 0, Duration::MAX, || true, drop),
+            Some(1)
+        );
         writer.join().unwrap();
         let mut tap = Tap::attach(region.clone(), &entry);
         let found = tap.look_at_newest();
@@ -213,7 +261,10 @@ fn send_beside_stale_producer(entry: Channel, seen: &Beside) {
             let _ = room.commit(Kind::DATA, 8, 0);
         }
     });
-    assert_eq!(state::reset(&region, &entry, 0, || true, drop), Some(1));
+    assert_eq!(
+        state::reset(&region, &entry, 0, Duration::MAX, || true, drop),
+        Some(1)
+    );
     let mut tap = Tap::attach(region.clone(), &entry);
     let add = |counter: &Counter| _ = counter.fetch_add(1, Relaxed);
     match Producer::attach(region.clone(), &entry) {

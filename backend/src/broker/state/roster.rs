@@ -5,10 +5,12 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::sync::Arc;
+use std::time::Duration;
 
 use barlink_protocol::wire::layout::{Channel, End, MAX_CHANNELS, channel};
 use barlink_protocol::{state, table};
 use parking_lot::{Mutex, MutexGuard};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::broker::plan::vector_of;
 use crate::persistence::ClientId;
@@ -248,8 +250,16 @@ impl Roster {
             found = held();
             force || found.iter().all(Option::is_none)
         };
-        let (region, keep) = (self.region.words(), |base| words.set_base(channel, base));
-        let generation = state::reset(region, entry, words.base(channel), are_free, keep);
+        let (base, now) = (words.base(channel), monotonic());
+        // A clock that went back is that of another time namespace, and then the time is unknown.
+        let age = now.checked_sub(words.base_time(channel)).unwrap_or(now);
+        let keep = |base| {
+            words.set_base(channel, base);
+            // A broker that is killed before this takes the base for older than it is.
+            words.set_base_time(channel, now);
+        };
+        let (region, age) = (self.region.words(), Duration::from_nanos(age));
+        let generation = state::reset(region, entry, base, age, are_free, keep);
         let mut found = found.into_iter().flatten();
         let Some(generation) = generation else {
             let channel = entry.name.to_string();
@@ -272,6 +282,13 @@ impl Roster {
         }
         Ok(Emptied { generation, broken })
     }
+}
+
+/// Returns the time of the host's monotonic clock, in nanoseconds.
+fn monotonic() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    // CAST: the clock is never negative, and 64 bits last for 584 years.
+    1_000_000_000 * now.tv_sec as u64 + now.tv_nsec as u64
 }
 
 /// The result of a reset.
