@@ -32,7 +32,8 @@ Exit codes:
        broker is busy: try again
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter
+       the beginning is missing (--partial); `send` had to drop records, or its file became
+       shorter
   7    no record came, or there was no room for one, within --timeout
   8    the broker has ended, and no program is known to have received what was sent
   130  interrupted by Ctrl-C; `serve` ends with 0 then
@@ -193,8 +194,8 @@ pub struct Serve {
     #[arg(long, value_name = "GROUP")]
     pub allow_group: Vec<String>,
     /// Admit host apps of this user, by name or number, for reading only; can be repeated. They can
-    /// use `tail`, `recv --tap`, `recv --latest`, `inspect`, `peek` and taps in programs. They
-    /// cannot claim an end of a channel, write, or connect to the sockets for VMs
+    /// use `tail`, `recv --tap`, `recv --latest`, `inspect`, `channel list`, `peek` and taps in
+    /// programs. They cannot claim an end of a channel, write, or connect to the sockets for VMs
     #[arg(long, value_name = "USER")]
     pub allow_reader: Vec<String>,
     /// Admit host apps of this group for reading only, as --allow-reader does for a user
@@ -398,7 +399,8 @@ pub struct AddChannel {
 
 #[derive(Debug, Args)]
 pub struct ListChannels {
-    /// Print the list as JSON; standard error then has errors and nothing else
+    /// Print the list as JSON: `entries` is the number of channels that the table still takes, and
+    /// `room` the bytes that are left for them. Standard error then has errors and nothing else
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
@@ -407,7 +409,7 @@ pub struct ListChannels {
 
 #[derive(Debug, Args)]
 pub struct QemuArgs {
-    /// Number of the VM's slot
+    /// Number of the VM's slot, from 0 in the order of the sockets that `serve` got
     #[arg(long, default_value_t = 0)]
     pub slot: usize,
     /// Prefix of the IDs in the QEMU arguments; change it for a second barlink device in one VM

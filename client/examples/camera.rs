@@ -23,18 +23,18 @@ const FRAMES: u32 = 100;
 const WIDTH: usize = 320;
 const HEIGHT: usize = 240;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let (role, channel) = (args.next(), args.next());
     let channel = channel.as_deref().unwrap_or("camera");
     match role.as_deref() {
         Some("send") => send(channel),
         Some("receive") => receive(channel),
-        _ => Err("usage: camera send|receive [CHANNEL]".into()),
+        _ => anyhow::bail!("usage: camera send|receive [CHANNEL]"),
     }
 }
 
-fn send(channel: &str) -> Result<(), Box<dyn std::error::Error>> {
+fn send(channel: &str) -> anyhow::Result<()> {
     let broker = host::connect(BROKER)?;
     let mut camera = broker.sender(channel)?;
     while !camera.is_peer_present() {
@@ -59,7 +59,7 @@ fn send(channel: &str) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn receive(channel: &str) -> Result<(), Box<dyn std::error::Error>> {
+fn receive(channel: &str) -> anyhow::Result<()> {
     let broker = host::connect(BROKER)?;
     let mut camera = broker.receiver(channel)?;
     let mut frames = 0;

@@ -10,17 +10,17 @@
 
 use barlink::{ErrorKind, Kind, host};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match &args[..] {
         [role, ask, answer] if role == "answer" => answers(ask, answer),
         [role, ask, answer, words @ ..] if role == "ask" => asks(ask, answer, words),
-        _ => Err("usage: echo answer ASK ANSWER | echo ask ASK ANSWER WORD...".into()),
+        _ => anyhow::bail!("usage: echo answer ASK ANSWER | echo ask ASK ANSWER WORD..."),
     }
 }
 
 /// Sends every record back, until one is empty.
-fn answers(ask: &str, answer: &str) -> Result<(), Box<dyn std::error::Error>> {
+fn answers(ask: &str, answer: &str) -> anyhow::Result<()> {
     let broker = host::connect("default")?;
     let (mut receiver, mut sender) = (broker.receiver(ask)?, broker.sender(answer)?);
     loop {
@@ -35,7 +35,7 @@ fn answers(ask: &str, answer: &str) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Asks each word, and prints the answers.
-fn asks(ask: &str, answer: &str, words: &[String]) -> Result<(), Box<dyn std::error::Error>> {
+fn asks(ask: &str, answer: &str, words: &[String]) -> anyhow::Result<()> {
     let broker = host::connect("default")?;
     let (mut sender, mut receiver) = (broker.sender(ask)?, broker.receiver(answer)?);
     for word in words {

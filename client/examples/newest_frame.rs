@@ -25,12 +25,12 @@ const FRAMES: u32 = 60;
 const WIDTH: usize = 640;
 const HEIGHT: usize = 480;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("send") => send(),
         Some("record") => record(tap()?),
         Some("display") => display(tap()?),
-        _ => Err("usage: newest_frame send|record|display".into()),
+        _ => anyhow::bail!("usage: newest_frame send|record|display"),
     }
 }
 
@@ -42,7 +42,7 @@ fn tap() -> Result<Tap, barlink::Error> {
     Ok(tap)
 }
 
-fn send() -> Result<(), Box<dyn std::error::Error>> {
+fn send() -> anyhow::Result<()> {
     let mut camera = host::connect("default")?.sender(CHANNEL)?;
     for number in 0..FRAMES {
         // There is always room: the oldest frame makes it.
@@ -58,7 +58,7 @@ fn send() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn record(mut camera: Tap) -> Result<(), Box<dyn std::error::Error>> {
+fn record(mut camera: Tap) -> anyhow::Result<()> {
     let mut frames = 0;
     while camera.recv()?.kind != Kind::END {
         frames += 1;
@@ -67,7 +67,7 @@ fn record(mut camera: Tap) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn display(mut camera: Tap) -> Result<(), Box<dyn std::error::Error>> {
+fn display(mut camera: Tap) -> anyhow::Result<()> {
     let (mut drawn, mut last) = (0, None);
     loop {
         match camera.latest()? {

@@ -12,7 +12,7 @@
 use barlink::{Kind, Receiver, host};
 use rustix::event::{PollFd, PollFlags, poll};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let broker = host::connect("default")?;
     let mut channels = Vec::new();
     for name in std::env::args().skip(1) {

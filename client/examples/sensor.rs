@@ -17,16 +17,16 @@ use barlink::{Access, Clock, Kind, Stamp};
 const CHANNEL: &str = "sensor";
 const CELSIUS: Kind = Kind::USER;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     match args.next().as_deref() {
         Some("set") => set(args),
         Some("get") => get(),
-        _ => Err("usage: sensor set VALUE... | get".into()),
+        _ => anyhow::bail!("usage: sensor set VALUE... | get"),
     }
 }
 
-fn set(values: impl Iterator<Item = String>) -> Result<(), Box<dyn std::error::Error>> {
+fn set(values: impl Iterator<Item = String>) -> anyhow::Result<()> {
     let mut sensor = host::connect("default")?.sender(CHANNEL)?;
     for value in values {
         let value: f64 = value.parse()?;
@@ -38,7 +38,7 @@ fn set(values: impl Iterator<Item = String>) -> Result<(), Box<dyn std::error::E
     Ok(())
 }
 
-fn get() -> Result<(), Box<dyn std::error::Error>> {
+fn get() -> anyhow::Result<()> {
     let options = AttachOptions::new().access(Access::ReadOnly);
     let mut sensor = options.connect("default")?.tap(CHANNEL)?;
     let Some(record) = sensor.latest()? else {
@@ -48,7 +48,7 @@ fn get() -> Result<(), Box<dyn std::error::Error>> {
     let value = f64::from_le_bytes(record.bytes.as_slice().try_into()?);
     let age = match record.clock {
         Clock::REALTIME => (UNIX_EPOCH + Duration::from_nanos(record.time)).elapsed()?,
-        clock => return Err(format!("a time by the {clock} clock").into()),
+        clock => anyhow::bail!("a time by the {clock} clock"),
     };
     println!("{value} °C, {} s ago", age.as_secs());
     Ok(())

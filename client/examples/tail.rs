@@ -12,7 +12,7 @@ use std::io::Write;
 use barlink::host::AttachOptions;
 use barlink::{Access, Kind};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let channel = std::env::args().nth(1);
     let options = AttachOptions::new().access(Access::ReadOnly);
     let broker = options.connect("default")?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use barlink::{ChannelOptions, Strategy, guest};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let device = guest::open(args.next().as_deref().unwrap_or("/dev/barlink0"))?;
     let lines: u32 = args.next().as_deref().unwrap_or("100").parse()?;

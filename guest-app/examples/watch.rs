@@ -8,15 +8,16 @@
 //! cargo run --example watch -- /run/barlink/vm1.sock up camera        # on the host
 //! ```
 
+use anyhow::Context;
 use barlink::host::AttachOptions;
 use barlink::{Access, Error, Kind, Side, Tap, guest};
 use rustix::event::{PollFd, PollFlags, poll};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let place = args
         .next()
-        .ok_or("usage: watch DEVICE|CONTROL-SOCKET CHANNEL...")?;
+        .context("usage: watch DEVICE|CONTROL-SOCKET CHANNEL...")?;
     let names: Vec<_> = args.collect();
     // Reading needs no permission to write.
     if place.starts_with("/dev/") {
@@ -28,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-fn watch(side: &impl Side, names: &[String]) -> Result<(), Box<dyn std::error::Error>> {
+fn watch(side: &impl Side, names: &[String]) -> anyhow::Result<()> {
     let taps = names.iter().map(|name| Ok((Tap::new(side, name)?, name)));
     let mut taps: Vec<_> = taps.collect::<Result<_, Error>>()?;
     println!("watching {} channels", taps.len());

@@ -97,8 +97,8 @@ Exit codes:
        another program
   5    the stream ended early: the sender left before its end
   6    the stream is not whole: `recv` found that records were dropped or missed (--tap), or that
-       the beginning is missing (--partial); `send` had to drop the end, or its file became shorter;
-       `echo` missed records or had to drop some
+       the beginning is missing (--partial); `send`, `telemetry` or `echo` had to drop records;
+       the file of `send` became shorter; `echo` missed records
   7    no record came, or there was no room for one, within --timeout
   8    the broker is gone or does not answer, and no program has received what was sent
   130  interrupted by Ctrl-C";

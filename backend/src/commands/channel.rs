@@ -50,7 +50,8 @@ fn left(has_reserve: bool, entries: usize, room: u64) -> String {
     let smallest = room / (PAGE_SIZE + MIN_CAPACITY);
     match usize::try_from(smallest).unwrap_or(usize::MAX).min(entries) {
         0 if has_reserve => "no room is left for more channels".to_owned(),
-        0 => "no room is reserved for more channels".to_owned(),
+        0 => "no room is reserved for more channels (`serve --reserve SIZE` reserves some)"
+            .to_owned(),
         most => format!(
             "room is left for {most} more at most, of {} in all",
             BinaryBytes(room)
@@ -65,7 +66,7 @@ struct ChannelList {
     channels: Vec<Row>,
     /// Number of further channels that the table has room for.
     entries: usize,
-    /// Bytes that are left in the reserve.
+    /// Bytes that are left in the reserve (`serve --reserve`).
     room: u64,
 }
 

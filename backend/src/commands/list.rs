@@ -3,15 +3,14 @@
 //! The command `barlink list`.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use barlink::host::{self, AttachOptions, ControlError};
 use barlink::{Access, Error};
 use barlink_cli::standard::print;
 use indicatif::BinaryBytes;
-use log::error;
 use serde::Serialize;
 
 use crate::args::{List, parse_name};
@@ -51,13 +50,20 @@ enum State {
 pub fn list(args: &List) -> Result<()> {
     let folders = host::socket_folders();
     let mut entries = Vec::new();
+    let mut unread = Vec::new();
     for folder in &folders {
-        for (name, control) in sockets(folder) {
-            entries.extend(entry(name, control));
+        match sockets(folder) {
+            Ok(sockets) => {
+                let found = sockets.into_iter();
+                entries.extend(found.filter_map(|(name, control)| entry(name, control)));
+            }
+            Err(error) => unread.push(format!("cannot list {}: {error}", folder.display())),
         }
     }
     let text = if args.json {
         serde_json::to_string_pretty(&entries)?
+    } else if entries.is_empty() && !unread.is_empty() {
+        return Err(unlisted(&unread));
     } else if entries.is_empty() {
         let folders: Vec<_> = folders.iter().map(|folder| folder.display()).collect();
         format!(
@@ -67,7 +73,20 @@ pub fn list(args: &List) -> Result<()> {
     } else {
         table(&entries)
     };
-    print(format!("{text}\n"))
+    print(format!("{text}\n"))?;
+    match unread.is_empty() {
+        true => Ok(()),
+        false => Err(unlisted(&unread)),
+    }
+}
+
+/// Returns the error of folders that this process may not read.
+fn unlisted(unread: &[String]) -> anyhow::Error {
+    let unread = unread.join(", ");
+    anyhow!(
+        "{unread}: brokers there are not listed, and a user whom they admit reaches each by its --name, as in \
+         `barlink inspect --name NAME`"
+    )
 }
 
 fn join(parts: &[impl ToString]) -> String {
@@ -79,17 +98,11 @@ fn join(parts: &[impl ToString]) -> String {
 }
 
 /// Returns the files of a folder that may be control sockets: their names and paths, sorted.
-fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
+fn sockets(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
-        Err(error) => {
-            let folder = folder.display();
-            error!(
-                "cannot list {folder}: {error}; `barlink inspect --name NAME` finds a broker there"
-            );
-            return Vec::new();
-        }
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
     };
     let mut sockets: Vec<_> = entries
         .filter_map(|entry| {
@@ -100,7 +113,7 @@ fn sockets(folder: &Path) -> Vec<(String, PathBuf)> {
         })
         .collect();
     sockets.sort();
-    sockets
+    Ok(sockets)
 }
 
 /// Asks the broker at a socket. Returns `None` for a socket that is not the control socket of a

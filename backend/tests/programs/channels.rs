@@ -88,14 +88,14 @@ fn broker_refuses_invalid_channels() {
     let add = |channel: &str, code, parts: &[&str]| {
         fails(&mut broker.app(&["channel", "add", channel]), code, parts);
     };
-    let room = "139264 bytes are reserved";
-    add("big=up,256K", 1, &["266240 bytes", room, "--reserve"]);
+    let room = "136 KiB are left";
+    add("big=up,256K", 1, &["260 KiB", room, "--reserve"]);
     add("up=up,64K", 1, &["`up` already"]);
     add("other=up,60K", 2, &["power of two"]);
     add("other=1-host,64K", 1, &["slot 1"]);
     works(&mut broker.app(&["channel", "add", "a=up,64K"]));
     works(&mut broker.app(&["channel", "add", "b=host-0,64K"]));
-    add("c=up,4K", 1, &["8192 bytes", "0 bytes are reserved"]);
+    add("c=up,4K", 1, &["8 KiB", "no room", "larger --reserve"]);
     // No program checks these requests before the broker.
     let control = Control::connect(&broker.control()).unwrap();
     let ask = |capacity, producer| {
@@ -152,11 +152,13 @@ fn broker_refuses_invalid_channels() {
     fails(
         &mut plain.app(&["channel", "add", "a=up,4K"]),
         1,
-        &["0 bytes are reserved"],
+        &["no room for new channels is left"],
     );
     let list = works(&mut plain.app(&["channel", "list"]));
     assert!(
-        list.ends_with("no room is reserved for more channels\n"),
+        list.ends_with(
+            "no room is reserved for more channels (`serve --reserve SIZE` reserves some)\n"
+        ),
         "{list}"
     );
 }

@@ -185,6 +185,23 @@ fn refuses_run_folders_that_do_not_exist() {
 }
 
 #[test]
+fn list_names_folder_that_it_cannot_read() {
+    let folder = tempfile::tempdir().unwrap();
+    // Not even root can list a file.
+    file_with(&folder.path().join("barlink"), b"");
+    let mut list = barlink(["list"]);
+    list.env("XDG_RUNTIME_DIR", folder.path());
+    let place = folder.path().join("barlink").display().to_string();
+    let parts = [
+        "cannot list",
+        place.as_str(),
+        "are not listed",
+        "--name NAME",
+    ];
+    fails_after(&mut list, 1, &parts);
+}
+
+#[test]
 fn run_folder_of_strict_umask_is_named() {
     if !can_become_another_user() {
         return;

@@ -248,6 +248,16 @@ pub fn fails(command: &mut Command, code: i32, parts: &[&str]) {
     }
 }
 
+/// Checks that a program fails with this code, and that its messages contain these parts.
+pub fn fails_after(command: &mut Command, code: i32, parts: &[&str]) {
+    let output = run(command);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{errors}");
+    for part in parts {
+        assert!(errors.contains(part), "no `{part}` in {errors}");
+    }
+}
+
 /// Runs a command that must succeed. Returns its standard output.
 pub fn works(command: &mut Command) -> String {
     let Output {

@@ -202,6 +202,103 @@ fn recv_latest_writes_newest_record() {
     let (notice, error) = errors.split_once('\n').unwrap();
     assert!(notice.contains("the newest record is a mark") && error.contains("nothing moved"));
     assert_eq!(std::fs::read(file).unwrap(), b"kept");
+    let file = broker.path("new");
+    fails_after(latest().arg("-o").arg(&file), 7, &["nothing moved"]);
+    assert!(!file.exists());
+}
+
+#[test]
+fn notices_of_different_faults_all_come() {
+    let broker = Broker::start(&LOOP);
+    let app = broker.attach();
+    app.sender("loop").unwrap().send(Kind::END, &[]).unwrap();
+    let mut latest = broker
+        .app(&["recv", "--channel", "loop", "--latest"])
+        .stderr(Stdio::piped())
+        .start();
+    let mut errors = BufReader::new(latest.stderr.take().unwrap());
+    let mut line = || {
+        let mut line = String::new();
+        errors.read_line(&mut line).unwrap();
+        line
+    };
+    let mark = line();
+    assert!(
+        mark.contains("is a mark") && mark.contains("`send --raw`"),
+        "{mark}"
+    );
+    let (_folder, _) = broker.stop(Signal::TERM);
+    let ended = line();
+    assert!(ended.contains("the broker has ended"), "{ended}");
+    kill(&mut latest);
+}
+
+#[test]
+fn raw_sender_publishes_newest_value() {
+    let broker = Broker::start(&[
+        "--channel=value=host-taps,4K,overwrite",
+        "--channel=full=host-host,4K,drop",
+        "--channel=wait=host-host,4K",
+    ]);
+    let send = |channel, text: &[u8]| {
+        let file = broker.path("value");
+        file_with(&file, text);
+        let mut send = broker.app(&["send", "--raw", "--channel", channel, "--timeout", "20ms"]);
+        send.arg(file);
+        send
+    };
+    for text in ["21.5", "", "21.6\n"] {
+        works(&mut send("value", text.as_bytes()));
+        let mut latest = broker.app(&["recv", "--channel", "value", "--latest"]);
+        assert_eq!(works(&mut latest), text);
+    }
+    fails(
+        &mut send("value", &[7; 1001]),
+        1,
+        &["more bytes than the 1000 of a record", "without --raw"],
+    );
+    for _ in 0..2 {
+        works(&mut send("full", &[7; 2000]));
+        works(&mut send("wait", &[7; 2000]));
+    }
+    fails(
+        &mut send("full", &[7; 2000]),
+        6,
+        &["1 record was dropped because the channel was full"],
+    );
+    fails(&mut send("wait", &[7; 2000]), 7, &["nothing moved"]);
+    let mut receive = broker.app(&["recv", "--raw", "--channel", "wait"]);
+    assert_eq!(works(&mut receive).len(), 4000);
+}
+
+/// Records of a program's own kinds are not of a stream, and `recv` passes over none within one.
+#[test]
+fn tapped_stream_has_no_other_kinds() {
+    let broker = Broker::start(&LOOP);
+    let send = |kinds: &[Kind]| {
+        let app = broker.attach();
+        let mut sender = app.sender("loop").unwrap();
+        for kind in kinds {
+            let _ = sender.send(*kind, b"text").unwrap();
+        }
+    };
+    for (option, code) in [("--partial", 1), ("--raw", 0)] {
+        let mut tap = tap(&broker, &[option]);
+        send(&[Kind::USER, Kind::END]);
+        assert_eq!(wait(&mut tap).code(), Some(code));
+        let errors = errors_of(&mut tap);
+        let told = "a record of 4 bytes is of kind 256, which is not of a stream";
+        assert_eq!(errors.contains(told), code == 1, "{errors}");
+    }
+    let mut tap = tap(&broker, &[]);
+    send(&[Kind::USER, Kind::USER, Kind::BEGIN, Kind::DATA, Kind::END]);
+    assert!(wait(&mut tap).success());
+    let errors = errors_of(&mut tap);
+    assert!(
+        errors.starts_with("channel `loop` has records of kind 256"),
+        "{errors}"
+    );
+    assert_eq!(errors.lines().count(), 1, "{errors}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use barlink::guest::Device;
 use barlink::{Kind, Sent};
-use barlink_cli::stream::{mark, print_dropped, put};
+use barlink_cli::stream::{check_dropped, mark, put};
 use procfs::{Current, CurrentSI, KernelStats, Meminfo};
 use serde::Serialize;
 
@@ -57,16 +57,16 @@ pub fn telemetry(device: &Device, args: &args::Telemetry) -> Result<()> {
         let mut line = serde_json::to_vec(&sample(sequence, start)?)?;
         line.push(b'\n');
         // A begin must come first, because a receiver would take data without one for the rest of
-        // another sender's stream. A dropped record is not an error: the channel counts it.
+        // another sender's stream. A dropped record does not end the stream.
         begun = begun || put(&mut sender, Kind::BEGIN, &[], args.timeout)? == Sent::Committed;
         let sent = begun && put(&mut sender, Kind::DATA, &line, args.timeout)? == Sent::Committed;
         dropped += u64::from(!sent);
     }
-    print_dropped(dropped);
     if !begun {
         mark(&mut sender, Kind::BEGIN, args.timeout)?;
     }
-    mark(&mut sender, Kind::END, args.timeout)
+    mark(&mut sender, Kind::END, args.timeout)?;
+    check_dropped(dropped)
 }
 
 /// Returns whether an interrupt belongs to a barlink device on the virtio bus. The kernel chooses

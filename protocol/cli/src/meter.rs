@@ -141,7 +141,6 @@ impl<'a> Meter<'a> {
         if total.went_back {
             tell("the numbers of the records went back: some records may have come twice");
         }
-        print_dropped(total.dropped);
     }
 
     /// Removes the progress bar, and prints the summary of a stream that ended early or is not
@@ -168,8 +167,10 @@ impl<'a> Meter<'a> {
         self.bar.finish_and_clear();
         if self.json {
             self.print_json(&total, false);
-        } else if !matches!(error, StreamError::Missing(_)) {
-            print_dropped(total.dropped);
+        } else if !matches!(error, StreamError::Missing(_))
+            && let Some(text) = dropped_text(total.dropped)
+        {
+            tell(&text);
         }
     }
 
@@ -206,14 +207,14 @@ impl<'a> Meter<'a> {
     }
 }
 
-/// Prints the number of dropped records to standard error, if there are any.
-pub(crate) fn print_dropped(dropped: u64) {
+/// Returns the text about records that were dropped, if there are any.
+pub(crate) fn dropped_text(dropped: u64) -> Option<String> {
     let records = match dropped {
-        0 => return,
+        0 => return None,
         1 => "1 record was".to_owned(),
         count => format!("{} records were", HumanCount(count)),
     };
-    tell(&format!("{records} dropped because the channel was full"));
+    Some(format!("{records} dropped because the channel was full"))
 }
 
 impl Watch for Meter<'_> {

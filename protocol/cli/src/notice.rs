@@ -3,10 +3,11 @@
 //! Notices on standard error: lines for a person about a command that goes on. With `--json` there
 //! are none, because a program reads standard error then. Errors are no notices.
 
+use std::collections::BTreeSet;
 use std::io::{IsTerminal, Write, stderr};
 use std::os::fd::AsFd;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -39,13 +40,17 @@ pub(crate) fn broker_ended() {
 
 /// Says on standard error, once, that the newest record has no content.
 pub(crate) fn newest_is_mark() {
-    say("the newest record is a mark of a stream's begin or end: waiting for a record of data");
+    say(
+        "the newest record is a mark of a stream's begin or end: waiting for a record of data (`send --raw` sends one \
+         without marks)",
+    );
 }
 
-/// Says one of the texts on standard error, once.
-fn say(text: &str) {
-    static SAID: Once = Once::new();
-    SAID.call_once(|| {
+/// Says a text on standard error, once.
+fn say(text: &'static str) {
+    static SAID: Mutex<BTreeSet<&str>> = Mutex::new(BTreeSet::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if said.insert(text) {
         // A progress bar may stand in this line.
         let clear = if stderr().is_terminal() {
             "\r\x1b[2K"
@@ -53,7 +58,7 @@ fn say(text: &str) {
             ""
         };
         tell(&format!("{clear}{text}"));
-    });
+    }
 }
 
 /// The finding at the socket of a broker after a connection to it has ended.

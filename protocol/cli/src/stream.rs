@@ -3,7 +3,7 @@
 //! The commands `send` and `recv`: they move a file through a channel.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use clap::Args;
 use rustix::fs::SeekFrom;
 
 use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
-use crate::meter::{Meter, Wait};
+use crate::meter::{Meter, Wait, dropped_text};
 use crate::notice::tell;
 use crate::size::{parse_size, parse_time};
 use crate::standard::{OutputClosed, input, output};
@@ -35,6 +35,10 @@ pub struct Send {
     /// or the channel's maximum if that is less]
     #[arg(long, value_name = "SIZE", value_parser = parse_record_size)]
     pub record_size: Option<u64>,
+    /// Send all bytes as one record, without the marks of a stream's begin and end. Use it for a
+    /// value that `recv --latest` reads, or for a program that expects such records
+    #[arg(long, conflicts_with = "record_size")]
+    pub raw: bool,
     /// End if the channel has no room for a record for so long: seconds, or a number with the unit
     /// ms, s, m or h [default: no limit]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -122,6 +126,16 @@ where
     let record = usize::try_from(record)?;
     let mut wait = Wait::for_receiver(channel);
     let mut meter = Meter::new(&source, size, args.timeout, args.json, &mut wait);
+    if args.raw {
+        let sent = send_record(args, &mut sender, source, &mut meter);
+        drop(sender);
+        return sent
+            .and_then(|total| {
+                meter.finish("sent", &total);
+                confirm().and_then(|()| check_dropped(total.dropped))
+            })
+            .with_context(|| format!("sending to channel `{channel}`"));
+    }
     match stream::send(&mut sender, &source, record, &mut meter) {
         Ok(total) => {
             drop(sender);
@@ -134,13 +148,62 @@ where
             if has_grown {
                 tell(&grown(args.file.as_deref(), total.bytes));
             }
-            Ok(())
+            check_dropped(total.dropped).with_context(|| format!("sending to channel `{channel}`"))
         }
         Err(error) => {
             meter.fail(&error);
             let error = describe(error, channel, args.file.as_deref(), "");
             Err(error.context(format!("sending to channel `{channel}`")))
         }
+    }
+}
+
+/// Sends all bytes of a file as one record.
+fn send_record(
+    args: &Send,
+    sender: &mut Sender,
+    source: OwnedFd,
+    meter: &mut Meter<'_>,
+) -> Result<Progress> {
+    let (max, name) = (
+        sender.max_record(),
+        name(args.file.as_deref(), "standard input"),
+    );
+    let mut bytes = Vec::new();
+    let read = File::from(source)
+        .take(max as u64 + 1)
+        .read_to_end(&mut bytes);
+    read.with_context(|| format!("cannot read {name}"))?;
+    ensure!(
+        bytes.len() <= max,
+        "{name} has more bytes than the {max} of a record: send it as a stream, without --raw, or serve a larger channel"
+    );
+    let mut total = Progress::default();
+    match put_watched(sender, &bytes, args.timeout, meter)? {
+        Sent::Dropped => total.dropped = 1,
+        _ => (total.bytes, total.records) = (bytes.len() as u64, 1),
+    }
+    Ok(total)
+}
+
+/// Sends a record of data, and tells the meter that it waits for room.
+fn put_watched(
+    sender: &mut Sender,
+    bytes: &[u8],
+    timeout: Option<Duration>,
+    meter: &mut Meter<'_>,
+) -> Result<Sent> {
+    let soon = meter.report_after().filter(|_| !sender.drops());
+    let Some(soon) = soon.filter(|soon| timeout.is_none_or(|timeout| *soon < timeout)) else {
+        return put(sender, Kind::DATA, bytes, timeout);
+    };
+    match sender.send_timeout(Kind::DATA, bytes, soon) {
+        Err(Error::Full) => {
+            meter.waits(!sender.is_peer_present());
+            let left = timeout.map(|timeout| timeout.saturating_sub(soon));
+            put(sender, Kind::DATA, bytes, left)
+        }
+        sent => Ok(sent?),
     }
 }
 
@@ -207,7 +270,12 @@ pub fn receive(
             (outcome, _) => outcome,
         };
         match outcome {
-            Ok(total) => meter.finish("received", &total),
+            Ok(total) => {
+                meter.finish("received", &total);
+                if let Some(text) = dropped_text(total.dropped) {
+                    tell(&text);
+                }
+            }
             Err(error) => {
                 meter.fail(&error);
                 let goes_on = args.follow
@@ -304,9 +372,16 @@ pub fn put(
     }
 }
 
-/// Says on standard error how many records found the channel full.
-pub fn print_dropped(count: u64) {
-    crate::meter::print_dropped(count);
+/// Returns an error if records found the channel full.
+pub fn check_dropped(count: u64) -> Result<()> {
+    match dropped_text(count) {
+        Some(text) => {
+            let cure = "a faster receiver or a larger channel loses fewer";
+            let (text, code) = (format!("{text}: {cure}"), MISSING);
+            Err(Failure { text, code }.into())
+        }
+        None => Ok(()),
+    }
 }
 
 /// Removes the part of a record from the end of the target, because the whole record will be

@@ -100,6 +100,7 @@ impl Copied {
         // Whether a record of the stream was found.
         let mut is_inside = false;
         let mut is_silent = takes_all || began_inside;
+        let mut is_strange = false;
         if began_inside && !takes_all {
             print_waiting(channel);
         }
@@ -130,14 +131,27 @@ impl Copied {
                 if kind == Kind::DATA && !std::mem::replace(&mut is_silent, true) {
                     print_waiting(channel);
                 }
+                if !is_of_stream(kind) && !std::mem::replace(&mut is_strange, true) {
+                    notice::tell(&format!(
+                        "channel `{channel}` has records of kind {kind}, which are not of a stream: waiting for the beginning \
+                         of one (`recv --tap --raw` copies any record)"
+                    ));
+                }
                 continue;
             };
+            if !is_of_stream(kind) && !args.raw {
+                let length = bytes.len();
+                bail!(
+                    "a record of {length} bytes is of kind {kind}, which is not of a stream: copy such records with \
+                     `recv --tap --raw`"
+                );
+            }
             if !std::mem::replace(&mut is_inside, true) {
                 target.empty()?;
                 self.headless = kind != Kind::BEGIN && !args.raw;
             }
             (self.missed, self.dropped) = (tap.missed() - missed, tap.dropped() - dropped);
-            if kind == Kind::DATA || args.raw && ![Kind::BEGIN, Kind::END].contains(&kind) {
+            if kind == Kind::DATA || !is_of_stream(kind) {
                 target.write(&bytes)?;
                 self.bytes += bytes.len();
                 self.records += 1;
@@ -166,7 +180,7 @@ impl Copied {
         } = self;
         (*missed, *dropped).ne(&(0, 0)).then(|| {
             format!(
-                "{missed} records of the stream were missed and {dropped} dropped; the others were received"
+                "{missed} records of the stream were missed and {dropped} dropped; the others were received: send smaller records (--record-size), or serve a larger channel"
             )
         })
     }
@@ -193,6 +207,11 @@ impl Copied {
         // The error is ignored because standard error may be closed.
         let _ = writeln!(io::stderr(), "{summary}");
     }
+}
+
+/// Returns whether a record of this kind is a part of a stream.
+fn is_of_stream(kind: Kind) -> bool {
+    [Kind::BEGIN, Kind::DATA, Kind::END].contains(&kind)
 }
 
 /// Says that a tap began within a stream.
@@ -253,10 +272,9 @@ fn is_reset(error: &anyhow::Error) -> bool {
 pub fn receive(args: &Recv, channel: &str, begin: impl Fn() -> Result<Tap>) -> Result<()> {
     let began_inside = !args.latest && is_within_stream(begin()?);
     let mut tap = begin()?;
-    let mut target = Target::open(args)?;
     let copied = match args.latest {
-        true => latest(args, &mut tap, &mut target),
-        false => stream(args, channel, &mut tap, began_inside, &mut target),
+        true => latest(args, &mut tap),
+        false => stream(args, channel, &mut tap, began_inside),
     };
     copied.with_context(|| format!("copying from channel `{channel}`"))
 }
@@ -272,7 +290,13 @@ fn is_within_stream(mut tap: Tap) -> bool {
     newest.is_some_and(|record| record.kind == Kind::DATA)
 }
 
-fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
+fn latest(args: &Recv, tap: &mut Tap) -> Result<()> {
+    // A file that is not there yet is created for a record alone.
+    let is_new = args.output.as_ref().is_some_and(|path| !path.exists());
+    let mut target = match is_new {
+        true => None,
+        false => Some(Target::open(args)?),
+    };
     let start = Instant::now();
     loop {
         let is_content = |record: &OwnedRecord| ![Kind::BEGIN, Kind::END].contains(&record.kind);
@@ -283,6 +307,10 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
         };
         match found {
             Some(record) if is_content(&record) => {
+                let mut target = match target.take() {
+                    Some(target) => target,
+                    None => Target::open(args)?,
+                };
                 target.empty()?;
                 target.write(&record.bytes)?;
                 return target.flush();
@@ -298,15 +326,10 @@ fn latest(args: &Recv, tap: &mut Tap, target: &mut Target<'_>) -> Result<()> {
 }
 
 /// Copies a stream from its beginning to its end, and prints the summary.
-fn stream(
-    args: &Recv,
-    channel: &str,
-    tap: &mut Tap,
-    began_inside: bool,
-    target: &mut Target<'_>,
-) -> Result<()> {
+fn stream(args: &Recv, channel: &str, tap: &mut Tap, began_inside: bool) -> Result<()> {
+    let mut target = Target::open(args)?;
     let mut copied = Copied::default();
-    let outcome = copied.copy(args, channel, tap, began_inside, target);
+    let outcome = copied.copy(args, channel, tap, began_inside, &mut target);
     // Bytes that were copied before an error can be lost as well.
     let outcome = match target.flush() {
         Err(late)

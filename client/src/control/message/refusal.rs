@@ -61,7 +61,7 @@ pub enum Refusal {
     ReadOnly,
     /// The operator permits the client no more than reading.
     #[error(
-        "this user may only read here (--allow-reader): use `tail`, `recv --tap`, `recv --latest`, `inspect` or `peek`, attach with `Access::ReadOnly` in a program, or start the broker with --allow-user for this user"
+        "this user may only read here (--allow-reader): use `tail`, `recv --tap`, `recv --latest`, `inspect`, `channel list` or `peek`, attach with `Access::ReadOnly` in a program, or start the broker with --allow-user for this user"
     )]
     Reader,
     /// A channel cannot be reset while one of its ends is held.
@@ -91,7 +91,14 @@ pub enum Refusal {
     },
     /// The reserve has too little room for a new channel.
     #[error(
-        "the channel needs {needed} bytes with its header, and {left} bytes are reserved for new channels: take a smaller one, or serve a region with a larger --reserve"
+        "the channel needs {} with its header, and {}", kibibytes(*needed),
+        match left {
+            0 => "no room for new channels is left: serve a region with a larger --reserve".to_owned(),
+            left => format!(
+                "only {} are left for new channels: add a smaller one, or serve a region with a larger --reserve",
+                kibibytes(*left)
+            ),
+        }
     )]
     NoRoom {
         /// Bytes that the channel needs.
@@ -273,5 +280,13 @@ impl Refusal {
             Refusal::NotYours | Refusal::NotOwner | Refusal::Reader => ErrorKind::PermissionDenied,
             Refusal::Managed | Refusal::Stays { .. } | Refusal::Failed(_) => ErrorKind::Other,
         }
+    }
+}
+
+/// Returns a size in bytes as a text.
+fn kibibytes(bytes: u64) -> String {
+    match bytes.is_multiple_of(1 << 10) {
+        true => format!("{} KiB", bytes >> 10),
+        false => format!("{bytes} bytes"),
     }
 }
