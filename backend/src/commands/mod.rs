@@ -21,6 +21,8 @@ use barlink::host::{self, AttachOptions, Attachment, ControlError};
 use barlink_cli::notice::Found;
 use barlink_cli::standard::print;
 use barlink_cli::unread::wait_until_received;
+use barlink_protocol::cursor::Capacity;
+use barlink_protocol::state::ChannelState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::args::{Command, ResetChannel, Which};
@@ -51,6 +53,7 @@ pub fn run(command: Command) -> Result<()> {
 fn reset_channel(args: &ResetChannel) -> Result<()> {
     let broker = attach(&args.which, Access::ReadWrite)?;
     let channel = &args.channel;
+    let unread = unread(&broker, channel);
     let (generation, broken) = match args.force {
         true => {
             let reset = broker.force_reset(channel)?;
@@ -59,10 +62,26 @@ fn reset_channel(args: &ResetChannel) -> Result<()> {
         false => (broker.reset(channel)?, Vec::new()),
     };
     let mut text = format!("channel `{channel}` is empty, generation {generation}\n");
+    if let Some(bytes) = unread {
+        text += &format!(
+            "{bytes} bytes of records, headers included, are lost: no program had received them\n"
+        );
+    }
     for end in broken {
         text += &format!("broke {end}: it gets an error, and must be started again\n");
     }
     print(text)
+}
+
+/// Returns the bytes that a channel's receiver has not released, if there are any.
+fn unread(broker: &Attachment, channel: &str) -> Option<u64> {
+    let (_, entry) = broker.layout().find(channel)?;
+    let state = ChannelState::read(broker.region().ring(), entry);
+    // Cursors that contradict each other tell no number.
+    let unread = Capacity::of(entry)
+        .in_flight(state.written, state.read)
+        .ok();
+    unread.filter(|bytes| entry.has_consumer() && *bytes > 0)
 }
 
 /// Time to wait for a broker that is started at the same moment, as by `barlink serve ... & barlink

@@ -738,6 +738,14 @@ fn reset_repairs_corrupt_channel_without_holders() {
         "channel `loop` is empty, generation 1\n"
     );
     attachment.receiver("loop").unwrap();
+    let mut sender = attachment.sender("loop").unwrap();
+    sender.send(Kind::USER, &[7; 1000]).unwrap();
+    drop(sender);
+    assert_eq!(
+        works(&mut broker.app(&["reset-channel", "loop"])),
+        "channel `loop` is empty, generation 2\n1024 bytes of records, headers included, are lost: no program had \
+         received them\n"
+    );
 }
 
 #[test]

@@ -283,6 +283,8 @@ fn broker_survives_successor_with_other_arguments() {
         wait_until("the VM has left", || {
             broker.attach().status().unwrap().slots[0].vm.is_none()
         });
+        let log = broker.log();
+        assert!(log.contains("it has ended without taking over"), "{log}");
     }
     succeed(&mut broker, &["--size", "1M"]);
 }

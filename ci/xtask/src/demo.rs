@@ -145,7 +145,21 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
     }
     if args.keep {
         println!("\nthe guest's console; Ctrl-] leaves and ends the guest");
-        println!("from another terminal: {}", shown(&broker, "inspect"));
+        println!("to try in another terminal:");
+        for (command, does) in [
+            ("inspect", "shows the channels, until Ctrl-C"),
+            (
+                "recv",
+                "receives: type `echo hello | barlink-guest send` here",
+            ),
+            (
+                "send",
+                "sends a FILE, such as a static program: type `barlink-guest recv -o /tmp/FILE` here",
+            ),
+        ] {
+            println!("# {does}");
+            println!("{}", shown(&broker, command));
+        }
         vm.attach_terminal()?;
     }
     Ok(())
@@ -155,10 +169,11 @@ fn show(args: &DemoArgs, artifacts: &Artifacts, file: &Path) -> Result<()> {
 fn shown(broker: &Broker, command: &str) -> String {
     let app = broker.app([command]);
     let words = std::iter::once(app.get_program()).chain(app.get_args());
-    words
-        .map(|word| word.to_string_lossy())
-        .collect::<Vec<_>>()
-        .join(" ")
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    // A program that tests start gets its signals from `env`, which a shell need not.
+    let own = words.iter().position(|word| word.ends_with("/barlink"));
+    let file = if command == "send" { " FILE" } else { "" };
+    format!("{}{file}", words[own.unwrap_or(0)..].join(" "))
 }
 
 /// Result of a file's round trip to the guest and back.

@@ -192,7 +192,8 @@ fn receive(successor: &PacketSocket, deadline: Instant) -> io::Result<Ask> {
     }
     let mut buffer = Box::new([0; MAX_PACKET]);
     let bytes = successor.receive(&mut buffer)?;
-    Request::parse(bytes.ok_or(io::ErrorKind::UnexpectedEof)?).map_err(io::Error::other)
+    let bytes = bytes.ok_or_else(|| io::Error::other("it has ended without taking over"))?;
+    Request::parse(bytes).map_err(io::Error::other)
 }
 
 #[cfg(test)]
