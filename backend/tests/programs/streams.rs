@@ -290,7 +290,7 @@ fn stream_commands_end_at_timeout() {
     fails(
         sender.args(["--timeout", "0.05"]).arg(broker.path("in")),
         7,
-        &nothing,
+        &[nothing[0], "which is full: no program receives from it"],
     );
     fails(
         recv(&broker).args(["--timeout", "x"]),

@@ -266,7 +266,11 @@ fn raw_sender_publishes_newest_value() {
         6,
         &["1 record was dropped because the channel was full"],
     );
-    fails(&mut send("wait", &[7; 2000]), 7, &["nothing moved"]);
+    fails(
+        &mut send("wait", &[7; 2000]),
+        7,
+        &["nothing moved", "no program receives"],
+    );
     let mut receive = broker.app(&["recv", "--raw", "--channel", "wait"]);
     assert_eq!(works(&mut receive).len(), 4000);
 }

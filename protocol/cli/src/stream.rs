@@ -14,7 +14,7 @@ use barlink::{ChannelError, Error, Kind, Receiver, Sender, Sent};
 use clap::Args;
 use rustix::fs::SeekFrom;
 
-use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, timed_out};
+use crate::failure::{Failure, INCOMPLETE, MISSING, RESET_CURE, TIMED_OUT, exit_code, timed_out};
 use crate::meter::{Meter, Wait, dropped_text};
 use crate::notice::tell;
 use crate::size::{parse_size, parse_time};
@@ -152,8 +152,24 @@ where
         }
         Err(error) => {
             meter.fail(&error);
-            let error = describe(error, channel, args.file.as_deref(), "");
+            let error = match error {
+                StreamError::TimedOut { after, .. } => no_room(after, sender.is_peer_present()),
+                error => describe(error, channel, args.file.as_deref(), ""),
+            };
             Err(error.context(format!("sending to channel `{channel}`")))
+        }
+    }
+}
+
+/// Returns the error of a sender that found no room until its timeout.
+fn no_room(timeout: Duration, has_receiver: bool) -> anyhow::Error {
+    let error = timed_out(timeout);
+    match has_receiver {
+        true => error,
+        false => {
+            let text = format!("{error}, which is full: no program receives from it");
+            let code = TIMED_OUT;
+            Failure { text, code }.into()
         }
     }
 }
@@ -193,18 +209,21 @@ fn put_watched(
     timeout: Option<Duration>,
     meter: &mut Meter<'_>,
 ) -> Result<Sent> {
-    let soon = meter.report_after().filter(|_| !sender.drops());
-    let Some(soon) = soon.filter(|soon| timeout.is_none_or(|timeout| *soon < timeout)) else {
-        return put(sender, Kind::DATA, bytes, timeout);
-    };
-    match sender.send_timeout(Kind::DATA, bytes, soon) {
-        Err(Error::Full) => {
-            meter.waits(!sender.is_peer_present());
-            let left = timeout.map(|timeout| timeout.saturating_sub(soon));
-            put(sender, Kind::DATA, bytes, left)
+    let is_short = |soon: &Duration| timeout.is_none_or(|timeout| *soon < timeout);
+    let soon = meter.report_after().filter(is_short);
+    if let Some(soon) = soon.filter(|_| !sender.drops()) {
+        match sender.send_timeout(Kind::DATA, bytes, soon) {
+            Err(Error::Full) => meter.waits(!sender.is_peer_present()),
+            sent => return Ok(sent?),
         }
-        sent => Ok(sent?),
     }
+    let left = timeout.map(|timeout| timeout.saturating_sub(soon.unwrap_or_default()));
+    put(sender, Kind::DATA, bytes, left).map_err(|error| match timeout {
+        Some(timeout) if exit_code(&error) == Some(TIMED_OUT) => {
+            no_room(timeout, sender.is_peer_present())
+        }
+        _ => error,
+    })
 }
 
 /// Returns the text about a file that has become longer.
