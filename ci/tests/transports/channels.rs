@@ -439,7 +439,13 @@ fn dropping_channel_counts_drops_without_waiting() -> Result<()> {
     let (code, received) = receive(&broker, "camera")?.end()?;
     assert_eq!(code, Some(6), "the receiver detects the gap");
     let ended = sender.wait(COMMAND_TIMEOUT)?;
-    let summary: Value = serde_json::from_slice(&ended.stderr)?;
+    let errors = String::from_utf8(ended.stderr)?;
+    assert_eq!(
+        ended.status,
+        Status::Code(6),
+        "the sender says so: {errors}"
+    );
+    let summary: Value = serde_json::from_str(errors.lines().next().context("no summary")?)?;
     let count = |name: &str| summary[name].as_u64().context("no count");
     assert_eq!(count("records")? + count("dropped")?, 256);
     assert_eq!(received.len() as u64, count("records")? * 4096);

@@ -198,7 +198,7 @@ fn removal_ends_a_watcher(vm: &Vm, watch: &Process) -> Result<()> {
     let ended = watch.wait(COMMAND_TIMEOUT)?;
     let errors = String::from_utf8(ended.stderr)?;
     ensure!(
-        ended.status == Status::Code(1) && errors.contains("Gone"),
+        ended.status == Status::Code(1) && errors.contains("Error: the device"),
         "{:?}: {errors}",
         ended.status
     );
