@@ -599,6 +599,14 @@ impl<'a, M: Deref<Target = [AtomicU64]>> Reservation<'a, M> {
             .load(self.payload() + 8 * u64::from(index))
     }
 
+    /// Returns the words of the payload, for a program that builds the record in them.
+    pub fn words(&mut self) -> &[AtomicU64] {
+        // A store can overwrite the zeros behind the bytes of the last `write`.
+        self.padded = 0;
+        let payload = self.payload();
+        self.producer.region.words(payload, self.length as usize)
+    }
+
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
     /// of the file.
     #[cfg(not(loom))]

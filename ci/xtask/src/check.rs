@@ -45,7 +45,7 @@ fn report(tally: &mut Tally, what: &str, passed: bool) {
     println!("{} {what}", if passed { "ok    " } else { "FAILED" });
 }
 
-fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
+fn cargo_checks(target: &Path) -> [(&'static str, Command); 7] {
     let mut format = cargo("fmt");
     format.args(["--all", "--check"]);
     let mut lints = cargo("clippy");
@@ -55,6 +55,8 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
     documentation.env("RUSTDOCFLAGS", "--deny=warnings");
     let mut examples = cargo("test");
     examples.args(["--workspace", "--doc", "--quiet"]);
+    let mut header = cargo("run");
+    header.args(["--quiet", "--package", "barlink-bindings", "--", "--check"]);
     let fuzz = "--manifest-path=ci/fuzz/Cargo.toml";
     let mut fuzz_format = cargo("fmt");
     fuzz_format.args([fuzz, "--check"]);
@@ -67,6 +69,7 @@ fn cargo_checks(target: &Path) -> [(&'static str, Command); 6] {
         ("lints", lints),
         ("documentation", documentation),
         ("examples in the documentation", examples),
+        ("header of the library for C", header),
         ("format of the fuzz targets", fuzz_format),
         ("lints of the fuzz targets", fuzz_lints),
     ]

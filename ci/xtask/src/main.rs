@@ -54,6 +54,8 @@ enum Task {
     Bench(Words),
     /// Make Debian packages of the programs and the driver
     Package(Words),
+    /// Make the library for C and C++, with its header and its file for `pkg-config`
+    Bindings(Words),
     /// Check format, lints, prose, documentation, and that the driver builds for every kernel that
     /// is set up
     Check(ToolArgs),
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Task::Soak(words) => delegate::run("barlink-soak", &words),
         Task::Bench(words) => delegate::run("barlink-bench", &words),
         Task::Package(words) => delegate::run("barlink-package", &words),
+        Task::Bindings(words) => delegate::run("barlink-bindings", &words),
         Task::Check(args) => check::run(&args),
     };
     result.unwrap_or_else(|error| {

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use barlink_protocol::aligned::{ALIGNMENT, AlignedBuffer};
 use barlink_protocol::cursor::{Kind, Stamp};
-use barlink_protocol::{Events, SenderReservation};
+use barlink_protocol::{AtomicU64, Events, SenderReservation};
 
 use crate::doorbell::Doorbells;
 use crate::error::Error;
@@ -110,10 +110,52 @@ impl<'a> Reservation<'a> {
             }
             length => length?,
         };
+        self.load_tail();
+        Ok(self.length as usize)
+    }
+
+    /// Returns the room in place, as words, for a program that builds the record in them. Byte 0 of
+    /// the record is the lowest byte of the first word. The words have any values at first.
+    /// [`Reservation::set_len`] then says how many bytes the record has.
+    ///
+    /// ```no_run
+    /// use std::sync::atomic::Ordering;
+    ///
+    /// use barlink::{Kind, host};
+    ///
+    /// let mut sensor = host::connect("default")?.sender("down")?;
+    /// let mut record = sensor.reserve(16)?;
+    /// for (word, value) in record.words().iter().zip([3_u64, 4]) {
+    ///     word.store(value, Ordering::Relaxed);
+    /// }
+    /// record.set_len(16);
+    /// record.commit(Kind::USER)?;
+    /// # Ok::<(), barlink::Error>(())
+    /// ```
+    pub fn words(&mut self) -> &[AtomicU64] {
+        self.reservation.words()
+    }
+
+    /// Sets the number of bytes that were written so far, those in [`Reservation::words`] included.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is less room.
+    pub fn set_len(&mut self, length: usize) {
+        assert!(
+            length <= self.capacity(),
+            "{length} bytes of {}",
+            self.capacity()
+        );
+        self.length = length as u32;
+        self.load_tail();
+    }
+
+    /// Loads the bytes behind the last whole word.
+    fn load_tail(&mut self) {
         if !self.length.is_multiple_of(8) {
             self.tail = self.reservation.word(self.length / 8).to_le_bytes();
         }
-        Ok(self.length as usize)
     }
 
     /// Appends bytes of a file by way of a private buffer. Returns the bytes read.

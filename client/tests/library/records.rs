@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use barlink::{Access, ChannelOptions, Error, ErrorKind, Kind, RegionError, Sent, Side, host};
@@ -341,6 +342,38 @@ fn rest_of_record_goes_to_direct_file() {
             "from byte {read}"
         );
     }
+}
+
+#[test]
+fn record_is_built_in_its_words() {
+    let broker = Running::start(LOOP);
+    let (mut sender, mut receiver) = broker.ends("loop");
+    for length in [0, 1, 8, 11, 16] {
+        let mut record = sender.reserve(16).unwrap();
+        record.write_all(b"overwritten").unwrap();
+        for word in record.words() {
+            word.store(u64::from_le_bytes(*b"abcdefgh"), Ordering::Relaxed);
+        }
+        record.set_len(length);
+        record.commit(Kind::USER).unwrap();
+        let record = receiver.recv().unwrap();
+        assert_eq!(record.to_vec(), b"abcdefghabcdefgh"[..length]);
+        // No older bytes stand behind the last one.
+        let last = record
+            .words()
+            .last()
+            .map(|word| word.load(Ordering::Relaxed));
+        if length % 8 != 0 {
+            assert_eq!(last.unwrap() >> (length % 8 * 8), 0);
+        }
+    }
+    // Bytes can follow those that were built in place.
+    let mut record = sender.reserve(16).unwrap();
+    record.words()[0].store(u64::from_le_bytes(*b"abcdefgh"), Ordering::Relaxed);
+    record.set_len(3);
+    record.write_all(b"xy").unwrap();
+    record.commit(Kind::USER).unwrap();
+    assert_eq!(receiver.recv().unwrap().to_vec(), b"abcxy");
 }
 
 #[test]

@@ -441,6 +441,11 @@ impl<M: Deref<Target = [AtomicU64]>, E: Events> SenderReservation<'_, M, E> {
         self.reservation.word(index)
     }
 
+    /// Returns the words of the payload, for a program that builds the record in them.
+    pub fn words(&mut self) -> &[AtomicU64] {
+        self.reservation.words()
+    }
+
     /// Fills the payload from a file descriptor by `read(2)`. Returns the bytes read, 0 at the end
     /// of the file.
     #[cfg(not(loom))]
