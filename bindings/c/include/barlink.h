@@ -15,7 +15,7 @@
 //             return 1;
 //         }
 //         while (barlink_receive(up, -1, &record) == BARLINK_OK) {
-//             printf("record %llu: %zu bytes\n", (unsigned long long)record.sequence, record.length);
+//             printf("record %d: %zu bytes\n", (int)record.sequence, record.length);
 //         }
 //         fprintf(stderr, "%s\n", barlink_error_text());
 //         return 1;
@@ -146,37 +146,42 @@ const char *barlink_version(void);
 
 // Claims the receiving end of a channel. Stores a handle, which `barlink_receiver_close` closes.
 //
-// Required: `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
+// Required:
+// `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
 enum barlink_code barlink_receiver_new(struct barlink *side,
                                        const char *channel,
                                        struct barlink_receiver **out);
 
 // Closes a receiver: releases the record that it holds, and gives the end back.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_receiver_close(struct barlink_receiver *receiver);
 
 // Receives the next record in place, in the shared memory. Waits for it up to `timeout`
-// nanoseconds: for ever if it is negative, not at all if it is 0. The result is then `BARLINK_TIMED_OUT`.
-// The bytes are valid until `barlink_release`, or the next call that receives, which releases the
-// record first. A sender in another VM could still change them: copy what must not change between
-// a check and its use.
+// nanoseconds: for ever if it is negative, not at all if it is 0. The result is then
+// `BARLINK_TIMED_OUT`. The bytes are valid until `barlink_release`, or the next call that
+// receives, which releases the record first. A sender in another VM could still change them: copy
+// what must not change between a check and its use.
 //
-// Required: `record` has room for a record; no other thread uses the handle.
+// Required:
+// `record` has room for a record; no other thread uses the handle.
 enum barlink_code barlink_receive(struct barlink_receiver *receiver,
                                   int64_t timeout,
                                   struct barlink_record *record);
 
 // Releases the record that `barlink_receive` found, so that the sender can use its room.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_release(struct barlink_receiver *receiver);
 
 // Receives the next record into a buffer of `capacity` bytes, and releases it. If the buffer is
-// too small, the result is `BARLINK_TOO_LARGE`, `record` has the length, and the record stays in the
-// channel. Waits as `barlink_receive` does.
+// too small, the result is `BARLINK_TOO_LARGE`, `record` has the length, and the record stays in
+// the channel. Waits as `barlink_receive` does.
 //
-// Required: `buffer` has `capacity` bytes; `record` has room for a record; no other thread uses the handle.
+// Required:
+// `buffer` has `capacity` bytes; `record` has room for a record; no other thread uses the handle.
 enum barlink_code barlink_receive_copy(struct barlink_receiver *receiver,
                                        void *buffer,
                                        size_t capacity,
@@ -184,10 +189,11 @@ enum barlink_code barlink_receive_copy(struct barlink_receiver *receiver,
                                        struct barlink_record *record);
 
 // Reads bytes of a stream, as `barlink recv` does. Waits for some, and stores how many there are.
-// The result is `BARLINK_END` at the end of the stream, and the next call reads the next stream. It is
-// `BARLINK_INCOMPLETE` if the sender left before, or if records are missing.
+// The result is `BARLINK_END` at the end of the stream, and the next call reads the next stream.
+// It is `BARLINK_INCOMPLETE` if the sender left before, or if records are missing.
 //
-// Required: `buffer` has `capacity` bytes; `length` has room for a number; no other thread uses the handle.
+// Required:
+// `buffer` has `capacity` bytes; `length` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_read(struct barlink_receiver *receiver,
                                void *buffer,
                                size_t capacity,
@@ -195,18 +201,21 @@ enum barlink_code barlink_read(struct barlink_receiver *receiver,
 
 // Stores whether a program sends into the channel now: 1 or 0.
 //
-// Required: `present` has room for a number; no other thread uses the handle.
+// Required:
+// `present` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_has_sender(struct barlink_receiver *receiver, int *present);
 
 // Stores a descriptor for `poll`: readable when there may be a record. It belongs to the handle:
 // do not close it.
 //
-// Required: `descriptor` has room for a number; no other thread uses the handle.
+// Required:
+// `descriptor` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_receiver_descriptor(struct barlink_receiver *receiver, int *descriptor);
 
 // Claims the sending end of a channel. Stores a handle, which `barlink_sender_close` closes.
 //
-// Required: `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
+// Required:
+// `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
 enum barlink_code barlink_sender_new(struct barlink *side,
                                      const char *channel,
                                      struct barlink_sender **out);
@@ -214,15 +223,17 @@ enum barlink_code barlink_sender_new(struct barlink *side,
 // Closes a sender: gives the end back, and discards a reservation. Records that were sent stay in
 // the channel.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_sender_close(struct barlink_sender *sender);
 
 // Sends a record of so many bytes. If the channel has no room, waits up to `timeout` nanoseconds:
-// for ever if it is negative, not at all if it is 0. The result is then `BARLINK_FULL`. A channel that
-// drops does not wait, and the result is `BARLINK_DROPPED`. `kind` is `BARLINK_DATA`, or from
+// for ever if it is negative, not at all if it is 0. The result is then `BARLINK_FULL`. A channel
+// that drops does not wait, and the result is `BARLINK_DROPPED`. `kind` is `BARLINK_DATA`, or from
 // `BARLINK_USER` to 65534 a kind of your own.
 //
-// Required: `data` has `length` bytes; no other thread uses the handle.
+// Required:
+// `data` has `length` bytes; no other thread uses the handle.
 enum barlink_code barlink_send(struct barlink_sender *sender,
                                uint16_t kind,
                                const void *data,
@@ -233,7 +244,8 @@ enum barlink_code barlink_send(struct barlink_sender *sender,
 // the record there, and commit it. Waits for room as `barlink_send` does, also in a channel that
 // drops. The memory is valid until the commit, the discard, or the close.
 //
-// Required: `data` has room for a pointer; no other thread uses the handle.
+// Required:
+// `data` has room for a pointer; no other thread uses the handle.
 enum barlink_code barlink_reserve(struct barlink_sender *sender,
                                   size_t length,
                                   int64_t timeout,
@@ -241,68 +253,80 @@ enum barlink_code barlink_reserve(struct barlink_sender *sender,
 
 // Commits the first `length` bytes of a reservation as a record.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_commit(struct barlink_sender *sender, uint16_t kind, size_t length);
 
 // Gives up a reservation. The channel is as it was.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_discard(struct barlink_sender *sender);
 
 // Sends bytes of a stream, as `barlink send` does: the first call begins the stream, and
 // `barlink_finish` ends it. Waits for room as long as it takes.
 //
-// Required: `data` has `length` bytes; no other thread uses the handle.
+// Required:
+// `data` has `length` bytes; no other thread uses the handle.
 enum barlink_code barlink_write(struct barlink_sender *sender, const void *data, size_t length);
 
 // Ends a stream. Without a `barlink_write` before, the stream has no bytes.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_finish(struct barlink_sender *sender);
 
 // Stores the most bytes that a record can have.
 //
-// Required: `length` has room for a number; no other thread uses the handle.
+// Required:
+// `length` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_max_record(struct barlink_sender *sender, size_t *length);
 
 // Stores whether a program receives from the channel now: 1 or 0.
 //
-// Required: `present` has room for a number; no other thread uses the handle.
+// Required:
+// `present` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_has_receiver(struct barlink_sender *sender, int *present);
 
 // Stores a descriptor for `poll`: readable when there may be room again, after a call that found
 // none. It belongs to the handle: do not close it.
 //
-// Required: `descriptor` has room for a number; no other thread uses the handle.
+// Required:
+// `descriptor` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_sender_descriptor(struct barlink_sender *sender, int *descriptor);
 
 // Connects a program of the host to the broker of this name, or to the one at this control socket
 // if the text has a `/`. NULL stands for the broker `default`. `flags` is 0 or
 // `BARLINK_READ_ONLY`, which taps need. Stores a handle, which `barlink_close` closes.
 //
-// Required: `name` is NULL or ends with a 0; `out` has room for a pointer.
+// Required:
+// `name` is NULL or ends with a 0; `out` has room for a pointer.
 enum barlink_code barlink_connect(const char *name, uint32_t flags, struct barlink **out);
 
 // Opens a device in a guest: the node of the driver such as `/dev/barlink0`, which NULL stands
 // for, or the broker's name, or `sysfs:0000:01:00.0` or `vfio:0000:01:00.0` without the driver.
 // `flags` is 0 or `BARLINK_READ_ONLY`. Stores a handle, which `barlink_close` closes.
 //
-// Required: `device` is NULL or ends with a 0; `out` has room for a pointer.
+// Required:
+// `device` is NULL or ends with a 0; `out` has room for a pointer.
 enum barlink_code barlink_open(const char *device, uint32_t flags, struct barlink **out);
 
 // Closes a connection or a device. Ends and taps that were made of it go on.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_close(struct barlink *side);
 
 // Stores the number of channels.
 //
-// Required: `count` has room for a number.
+// Required:
+// `count` has room for a number.
 enum barlink_code barlink_channel_count(struct barlink *side, size_t *count);
 
 // Describes the channel with this number, from 0 on.
 //
-// Required: `channel` has room for a description.
+// Required:
+// `channel` has room for a description.
 enum barlink_code barlink_channel_at(struct barlink *side,
                                      size_t number,
                                      struct barlink_channel *channel);
@@ -310,47 +334,54 @@ enum barlink_code barlink_channel_at(struct barlink *side,
 // Stores a descriptor that is readable or hung up once the broker has ended or the device is gone.
 // It belongs to the handle: do not close it.
 //
-// Required: `descriptor` has room for a number.
+// Required:
+// `descriptor` has room for a number.
 enum barlink_code barlink_descriptor(struct barlink *side, int *descriptor);
 
 // Makes a tap of a channel, which begins behind the newest record. Stores a handle, which
 // `barlink_tap_close` closes.
 //
-// Required: `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
+// Required:
+// `channel` ends with a 0; `out` has room for a pointer; no thread closes `side` meanwhile.
 enum barlink_code barlink_tap_new(struct barlink *side,
                                   const char *channel,
                                   struct barlink_tap **out);
 
 // Closes a tap, and frees the record that it copied last.
 //
-// Required: No other thread uses the handle.
+// Required:
+// No other thread uses the handle.
 enum barlink_code barlink_tap_close(struct barlink_tap *tap);
 
 // Copies the next record. Waits for it up to `timeout` nanoseconds: for ever if it is negative,
-// not at all if it is 0. The result is then `BARLINK_TIMED_OUT`. The bytes are the tap's, and valid until
-// the next call with this tap.
+// not at all if it is 0. The result is then `BARLINK_TIMED_OUT`. The bytes are the tap's, and
+// valid until the next call with this tap.
 //
-// Required: `record` has room for a record; no other thread uses the handle.
+// Required:
+// `record` has room for a record; no other thread uses the handle.
 enum barlink_code barlink_tap_next(struct barlink_tap *tap,
                                    int64_t timeout,
                                    struct barlink_record *record);
 
-// Copies the newest record, also if this tap has copied it before. The result is `BARLINK_TIMED_OUT` if
-// there is none. The bytes are the tap's, and valid until the next call with this tap.
+// Copies the newest record, also if this tap has copied it before. The result is
+// `BARLINK_TIMED_OUT` if there is none. The bytes are the tap's, and valid until the next call
+// with this tap.
 //
-// Required: `record` has room for a record; no other thread uses the handle.
-enum barlink_code barlink_tap_latest(struct barlink_tap *tap,
-                                     struct barlink_record *record);
+// Required:
+// `record` has room for a record; no other thread uses the handle.
+enum barlink_code barlink_tap_latest(struct barlink_tap *tap, struct barlink_record *record);
 
 // Stores the numbers of records that the tap missed, and that the sender dropped, since it began.
 //
-// Required: `missed` and `dropped` have room for a number each; no other thread uses the handle.
+// Required:
+// `missed` and `dropped` have room for a number each; no other thread uses the handle.
 enum barlink_code barlink_tap_missed(struct barlink_tap *tap, uint64_t *missed, uint64_t *dropped);
 
 // Stores a descriptor for `poll`: readable when it is time to look for a record. It belongs to the
 // handle: do not close it.
 //
-// Required: `descriptor` has room for a number; no other thread uses the handle.
+// Required:
+// `descriptor` has room for a number; no other thread uses the handle.
 enum barlink_code barlink_tap_descriptor(struct barlink_tap *tap, int *descriptor);
 
 #ifdef __cplusplus

@@ -140,10 +140,10 @@ pub unsafe extern "C" fn barlink_receiver_close(receiver: *mut ReceiverHandle) -
 }
 
 /// Receives the next record in place, in the shared memory. Waits for it up to `timeout`
-/// nanoseconds: for ever if it is negative, not at all if it is 0. The result is then `BARLINK_TIMED_OUT`.
-/// The bytes are valid until `barlink_release`, or the next call that receives, which releases the
-/// record first. A sender in another VM could still change them: copy what must not change between
-/// a check and its use.
+/// nanoseconds: for ever if it is negative, not at all if it is 0. The result is then
+/// `BARLINK_TIMED_OUT`. The bytes are valid until `barlink_release`, or the next call that
+/// receives, which releases the record first. A sender in another VM could still change them: copy
+/// what must not change between a check and its use.
 ///
 /// # Safety
 ///
@@ -184,8 +184,8 @@ pub unsafe extern "C" fn barlink_release(receiver: *mut ReceiverHandle) -> Code 
 }
 
 /// Receives the next record into a buffer of `capacity` bytes, and releases it. If the buffer is
-/// too small, the result is `BARLINK_TOO_LARGE`, `record` has the length, and the record stays in the
-/// channel. Waits as `barlink_receive` does.
+/// too small, the result is `BARLINK_TOO_LARGE`, `record` has the length, and the record stays in
+/// the channel. Waits as `barlink_receive` does.
 ///
 /// # Safety
 ///
@@ -226,8 +226,8 @@ pub unsafe extern "C" fn barlink_receive_copy(
 }
 
 /// Reads bytes of a stream, as `barlink recv` does. Waits for some, and stores how many there are.
-/// The result is `BARLINK_END` at the end of the stream, and the next call reads the next stream. It is
-/// `BARLINK_INCOMPLETE` if the sender left before, or if records are missing.
+/// The result is `BARLINK_END` at the end of the stream, and the next call reads the next stream.
+/// It is `BARLINK_INCOMPLETE` if the sender left before, or if records are missing.
 ///
 /// # Safety
 ///

@@ -120,8 +120,8 @@ pub unsafe extern "C" fn barlink_sender_close(sender: *mut SenderHandle) -> Code
 }
 
 /// Sends a record of so many bytes. If the channel has no room, waits up to `timeout` nanoseconds:
-/// for ever if it is negative, not at all if it is 0. The result is then `BARLINK_FULL`. A channel that
-/// drops does not wait, and the result is `BARLINK_DROPPED`. `kind` is `BARLINK_DATA`, or from
+/// for ever if it is negative, not at all if it is 0. The result is then `BARLINK_FULL`. A channel
+/// that drops does not wait, and the result is `BARLINK_DROPPED`. `kind` is `BARLINK_DATA`, or from
 /// `BARLINK_USER` to 65534 a kind of your own.
 ///
 /// # Safety

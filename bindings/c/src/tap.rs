@@ -63,8 +63,8 @@ pub unsafe extern "C" fn barlink_tap_close(tap: *mut TapHandle) -> Code {
 }
 
 /// Copies the next record. Waits for it up to `timeout` nanoseconds: for ever if it is negative,
-/// not at all if it is 0. The result is then `BARLINK_TIMED_OUT`. The bytes are the tap's, and valid until
-/// the next call with this tap.
+/// not at all if it is 0. The result is then `BARLINK_TIMED_OUT`. The bytes are the tap's, and
+/// valid until the next call with this tap.
 ///
 /// # Safety
 ///
@@ -93,8 +93,9 @@ pub unsafe extern "C" fn barlink_tap_next(
     })
 }
 
-/// Copies the newest record, also if this tap has copied it before. The result is `BARLINK_TIMED_OUT` if
-/// there is none. The bytes are the tap's, and valid until the next call with this tap.
+/// Copies the newest record, also if this tap has copied it before. The result is
+/// `BARLINK_TIMED_OUT` if there is none. The bytes are the tap's, and valid until the next call
+/// with this tap.
 ///
 /// # Safety
 ///

@@ -23,7 +23,8 @@ const SYSTEM_LIBRARIES: &str = "-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc";
 /// Options of the task.
 #[derive(Args, Debug)]
 pub struct BindingsArgs {
-    /// Folder that gets `include` and `lib` [default: target/bindings]
+    /// Folder that gets `include` and `lib` [default: target/bindings, and the header in the tree
+    /// is made anew]
     #[arg(long, value_name = "DIR")]
     pub prefix: Option<PathBuf>,
     /// Build nothing, and check that the header in the tree belongs to the code
@@ -31,22 +32,25 @@ pub struct BindingsArgs {
     pub check: bool,
 }
 
-/// Builds the library, and writes the header.
+/// Builds the library. Without a prefix, also writes the header into the tree.
 pub fn run(args: &BindingsArgs) -> Result<()> {
     let folder = repository().join("bindings/c");
-    if args.check {
-        let present = fs::read_to_string(folder.join(HEADER))?;
+    let header = header(&folder)?;
+    let in_tree = folder.join(HEADER);
+    if args.check || args.prefix.is_some() {
         ensure!(
-            present == header(&folder)?,
+            fs::read_to_string(&in_tree)? == header,
             "bindings/c/{HEADER} is not of this code: run `cargo xtask bindings`"
         );
+    } else {
+        write(&in_tree, &header)?;
+    }
+    if args.check {
         return Ok(());
     }
     let target = target_folder()?;
     let prefix = args.prefix.clone();
     let prefix = prefix.unwrap_or_else(|| target.join("bindings"));
-    let header = header(&folder)?;
-    write(&folder.join(HEADER), &header)?;
     let status = cargo("build")
         .args(["--release", "--package", "barlink-c"])
         .arg("--target-dir")
@@ -63,7 +67,10 @@ pub fn run(args: &BindingsArgs) -> Result<()> {
     write(&include.join("barlink.h"), &header)?;
     let archive = lib.join("libbarlink.a");
     let built = target.join("release/libbarlink_c.a");
-    fs::copy(&built, &archive).with_context(|| format!("cannot copy {}", built.display()))?;
+    install(&archive, |new| {
+        fs::copy(&built, new).with_context(|| format!("cannot copy {}", built.display()))?;
+        Ok(())
+    })?;
     link(&folder, &archive, &lib)?;
     let prefix = prefix.canonicalize()?;
     write(&lib.join("pkgconfig/barlink.pc"), &description(&prefix))?;
@@ -81,37 +88,47 @@ fn header(folder: &Path) -> Result<String> {
     let header = String::from_utf8(header)?;
     // C has no name spaces, and the name of the type says nothing more.
     let header = header.replace("BARLINK_CODE_", "BARLINK_");
-    Ok(header.replace("// # Safety\n//\n// ", "// Required: "))
+    Ok(header.replace("// # Safety\n//\n// ", "// Required:\n// "))
 }
 
 /// Links the shared library. Cargo does not version its symbols.
 fn link(folder: &Path, archive: &Path, lib: &Path) -> Result<()> {
     let map = folder.join("libbarlink.map");
-    let linked = Command::new("cc")
-        .args(["-shared", "-o"])
-        .arg(lib.join(SONAME))
-        .arg(format!("-Wl,-soname,{SONAME}"))
-        .arg(format!("-Wl,--version-script={}", map.display()))
-        .args([
-            "-Wl,--gc-sections",
-            "-Wl,--strip-debug",
-            "-Wl,-z,defs",
-            "-Wl,--whole-archive",
-        ])
-        .arg(archive)
-        .arg("-Wl,--no-whole-archive")
-        .args(SYSTEM_LIBRARIES.split(' '))
-        .status();
-    ensure!(
-        linked.context("cannot start cc")?.success(),
-        "cc cannot link {SONAME}"
-    );
-    let plain = lib.join("libbarlink.so");
-    if plain.is_symlink() {
-        fs::remove_file(&plain)?;
-    }
-    std::os::unix::fs::symlink(SONAME, &plain)?;
-    Ok(())
+    let linked = |new: &Path| {
+        Command::new("cc")
+            .args(["-shared", "-o"])
+            .arg(new)
+            .arg(format!("-Wl,-soname,{SONAME}"))
+            .arg(format!("-Wl,--version-script={}", map.display()))
+            .args([
+                "-Wl,--gc-sections",
+                "-Wl,--strip-debug",
+                "-Wl,-z,defs",
+                "-Wl,--whole-archive",
+            ])
+            .arg(archive)
+            .arg("-Wl,--no-whole-archive")
+            .args(SYSTEM_LIBRARIES.split(' '))
+            .status()
+    };
+    install(&lib.join(SONAME), |new| {
+        let status = linked(new).context("cannot start cc")?;
+        ensure!(status.success(), "cc cannot link {SONAME}");
+        Ok(())
+    })?;
+    install(&lib.join("libbarlink.so"), |new| {
+        std::os::unix::fs::symlink(SONAME, new).context("cannot make a link")
+    })
+}
+
+/// Makes a file beside its place, and moves it there whole: a program that uses the former one goes
+/// on with it.
+fn install(place: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let mut new = place.as_os_str().to_owned();
+    new.push(format!(".{}", std::process::id()));
+    let new = PathBuf::from(new);
+    make(&new)?;
+    fs::rename(&new, place).with_context(|| format!("cannot make {}", place.display()))
 }
 
 fn description(prefix: &Path) -> String {
@@ -131,5 +148,7 @@ fn description(prefix: &Path) -> String {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    install(path, |new| {
+        fs::write(new, text).with_context(|| format!("cannot write {}", path.display()))
+    })
 }
